@@ -320,7 +320,7 @@ def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenize
             vocab_size: int | None = None, from_file: str | None = None) -> dict:
     """Make a dataset folder from a named source or from local files and folders; returns its manifest.
 
-    `out_dir` defaults to `data/NAME`; `tokenizer` to characters for `shakespeare_char` and a BPE of 4096 entries otherwise.
+    `out_dir` defaults to `data/NAME`; `tokenizer` to characters for `shakespeare_char`, bytes for `numbers`, else a BPE of 4096 entries.
     """
     sources = [source] if isinstance(source, str) else list(source)
     name = sources[0] if sources[0] in NAMED else Path(sources[0]).resolve().stem
@@ -331,8 +331,8 @@ def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenize
     elif name == 'numbers': documents = numbers_documents(300_000)
     elif name in ('shakespeare', 'shakespeare_char'): documents = [shakespeare(from_file)]
     else: documents = local_documents(sources)
-    kind = tokenizer or ('chars' if name == 'shakespeare_char' else 'bpe')
-    return write_dataset(documents, resolve(out_dir or f'data/{name}'), kind, vocab_size or (512 if name == 'numbers' else 4096), ' '.join(sources))
+    kind = tokenizer or {'shakespeare_char': 'chars', 'numbers': 'bytes'}.get(name, 'bpe')
+    return write_dataset(documents, resolve(out_dir or f'data/{name}'), kind, vocab_size or 4096, ' '.join(sources))
 
 # %% ../nbs/01_data.ipynb #permute
 def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:

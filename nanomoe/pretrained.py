@@ -6,7 +6,6 @@
 __all__ = ['nanomoe_config', 'from_nanomoe', 'fill', 'from_gpt2', 'load_gpt2', 'load_run', 'initial_weights', 'cut_positions']
 
 # %% ../nbs/10_pretrained.ipynb #imports
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,10 +41,11 @@ def from_nanomoe(state_dict: dict[str, Tensor], config: dict) -> GPT:
     return fill(GPT(nanomoe_config(config)), renamed)
 
 def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
-    "Load every weight; raises `BadInput` naming what does not fit."
+    "Load every weight; raises `BadInput` naming the first that does not fit."
     wanted = model.state_dict()
-    for name in wanted.keys() ^ tensors.keys():
-        raise BadInput(f'the weights {"lack" if name in wanted else "hold"} {name}, which the configuration {"needs" if name in wanted else "does not have"}')
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        have, does = ('lack', 'needs') if name in wanted else ('hold', 'does not have')
+        raise BadInput(f'the weights {have} {name}, which the configuration {does}')
     for name, tensor in tensors.items():
         if wanted[name].shape != tensor.shape:
             raise BadInput(f'the weight {name} must have shape {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}')
@@ -81,6 +81,8 @@ def initial_weights(init_from: str, cfg: ModelConfig) -> GPT:
     "A new model of this shape, with the weights that `init_from` names: scratch, gpt2… or a run's folder."
     if init_from == 'scratch': return GPT(cfg)
     model = load_gpt2(init_from) if init_from.startswith('gpt2') else load_run(init_from)
+    if model.cfg.n_head != cfg.n_head:                                  # no shape shows it
+        raise BadInput(f'n_head must be {model.cfg.n_head} as in {init_from}, got {cfg.n_head}')
     return fill(GPT(cfg), cut_positions(model.state_dict(), cfg.block_size))
 
 def cut_positions(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:

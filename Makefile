@@ -1,0 +1,39 @@
+# `make train`, `make test`, `make lab`, `make clean`: each sets up what it needs, in .venv inside this folder.
+PYTHON ?= python3
+BIN = .venv/bin
+RUN = out/onboard
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: train test lab clean
+
+train: .venv/installed
+	@echo '== exporting the notebooks to nanomoe/'
+	@$(BIN)/nbdev_export
+	@test -f data/onboard/manifest.json || { echo '== preparing the text of this machine: data/onboard'; $(BIN)/python -m nanomoe.data onboard; }
+	@P=$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(1 if n == 1 else 2)'); \
+	echo "== training on $$P processes; Ctrl-C keeps a checkpoint, make train continues it"; \
+	$(BIN)/torchrun --standalone --nproc_per_node=$$P -m nanomoe.train onboard
+	@echo '== what it writes'
+	@$(BIN)/python -m nanomoe.sample $(RUN)
+	@$(BIN)/python -m nanomoe.viz experts $(RUN)
+
+test: .venv/installed
+	@echo '== exporting the notebooks to nanomoe/'
+	@$(BIN)/nbdev_export
+	@for name in onboard numbers; do test -f data/$$name/manifest.json || { echo "== preparing data/$$name"; $(BIN)/python -m nanomoe.data $$name; }; done
+	@$(BIN)/python tools/test.py
+
+lab: .venv/installed
+	@$(BIN)/nbdev_export
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+clean:
+	rm -rf .venv data out build nanomoe.egg-info
+
+.venv/installed: settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'nanomoe needs Python 3.11 or newer; set PYTHON=/path/to/python3.11'; exit 1; }
+	@echo '== installing into .venv (some minutes the first time)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,119 @@
+"""What holds the project together: one source, imports that go forward only, a light core, notebooks that keep their form."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+LESSONS = [path for path in NOTEBOOKS if re.match(r'\d\d_', path.name)]
+MODULES = {path.stem[3:]: path for path in LESSONS if int(path.name[:2]) < 20}
+
+
+def cells(path: Path, kind: str = 'code') -> list[dict]:
+    return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
+
+
+def source(cell: dict) -> str: return ''.join(cell['source'])
+
+
+def test_the_modules_are_what_the_notebooks_export(tmp_path):
+    for name in ('nbs', 'nanomoe', 'settings.ini'):
+        copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copyfile
+        copy(ROOT/name, tmp_path/name)
+    for path in (tmp_path/'nanomoe').glob('*.py'):
+        if path.name != '__init__.py': path.unlink()
+    (tmp_path/'nanomoe'/'_modidx.py').unlink(missing_ok=True)
+    subprocess.run([Path(sys.executable).parent/'nbdev_export'], cwd=tmp_path, check=True)
+    made = {path.name: path.read_text() for path in (tmp_path/'nanomoe').glob('*.py')}
+    assert made == {path.name: path.read_text() for path in (ROOT/'nanomoe').glob('*.py')}
+    assert {name + '.py' for name in MODULES} | {'__init__.py', '_modidx.py'} == made.keys()
+
+
+def imported(tree: ast.AST, top_only: bool = False) -> set[str]:
+    "Modules that a tree imports: `package` or `nanomoe.module`."
+    found = set()
+    for node in (tree.body if top_only else ast.walk(tree)):
+        if isinstance(node, ast.Import): found |= {alias.name.split('.')[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level == 0: found.add(node.module.split('.')[0])
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {f'nanomoe.{node.module}'} if node.module else {f'nanomoe.{alias.name}' for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_exported_cells_import_earlier_notebooks_only(name):
+    order = list(MODULES)
+    ours = {m.split('.')[1] for m in imported(ast.parse((ROOT/'nanomoe'/f'{name}.py').read_text())) if m.startswith('nanomoe.')}
+    assert all(order.index(other) < order.index(name) for other in ours), ours
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_the_core_imports_little(name):
+    top = {m for m in imported(ast.parse((ROOT/'nanomoe'/f'{name}.py').read_text()), top_only=True) if not m.startswith('nanomoe')}
+    extra = top - set(sys.stdlib_module_names) - {'torch', 'numpy'}
+    assert extra <= {'checkpoint': {'safetensors'}, 'viz': {'matplotlib'}}.get(name, set())
+
+
+def test_training_needs_no_notebook_packages():
+    blocked = ['matplotlib', 'IPython', 'ipywidgets', 'nbdev', 'fastcore', 'datasets', 'transformers', 'tokenizers', 'wandb', 'pyarrow']
+    program = f'import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport nanomoe.train, nanomoe.sample, nanomoe.bench, nanomoe.data'
+    subprocess.run([sys.executable, '-c', program], check=True)
+
+
+def test_no_code_is_run_from_files():
+    "No pickle, no exec, no torch.load in exported code."
+    for path in (ROOT/'nanomoe').glob('*.py'):
+        tree = ast.parse(path.read_text())
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {'exec', 'eval', 'torch.load', 'np.load', '__import__'} and 'pickle' not in imported(tree), path.name
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_committed_executed_and_clean(path):
+    notebook = json.loads(path.read_text())
+    ids = [c['id'] for c in notebook['cells']]
+    assert len(ids) == len(set(ids)) and all(re.fullmatch(r'[a-z0-9]+(-[a-z0-9]+)*', i) for i in ids)
+    for cell in cells(path):
+        kinds = {o['output_type'] for o in cell['outputs']}
+        assert 'error' not in kinds, cell['id']
+        assert not any(o.get('name') == 'stderr' for o in cell['outputs']), cell['id']
+        assert '/work/' not in json.dumps(cell['outputs']) and '/root/' not in json.dumps(cell['outputs']), cell['id']
+        assert 'application/vnd.jupyter.widget-view+json' not in json.dumps(cell['outputs']), cell['id']
+    assert 'widgets' not in notebook['metadata']
+    assert path.stat().st_size <= 150 * 1024
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_lessons_have_their_form(path):
+    code = [source(c) for c in cells(path) if not re.match(r'#\s*\|\s*default_exp', source(c))]
+    prose = [source(c) for c in cells(path, 'markdown')]
+    asserting = sum(bool(re.search(r'\bassert|assert_close|raises', c)) for c in code)
+    pictures = sum('image/png' in o.get('data', {}) for c in cells(path) for o in c['outputs'])
+    assert re.match(r'# .+\?\n+> .+', prose[0]), 'the title is a question, then one sentence'
+    assert asserting >= 0.4 * len(code), f'{asserting} of {len(code)} code cells assert'
+    assert pictures >= 3
+    assert sum('<details>' in p for p in prose) >= 2, 'exercises have folded answers'
+    assert not any(re.search(r'from \S+ import \*', c) for c in code)
+
+
+def test_readme_is_made_from_the_index(tmp_path):
+    made = tmp_path/'README.md'
+    subprocess.run([sys.executable, ROOT/'tools'/'make_readme.py', made], check=True)
+    assert made.read_text() == (ROOT/'README.md').read_text()
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT/'README.md').read_text()
+    targets = re.findall(r'\]\(([^)#\s]+)\)', text)
+    assert targets and all((ROOT/t).exists() for t in targets if not re.match(r'https?:', t))
+
+
+def test_the_course_table_is_complete():
+    text = (ROOT/'nbs'/'index.ipynb').read_text()
+    assert all(path.name in text for path in LESSONS)
