@@ -7,9 +7,10 @@ __all__ = ['TEXT_SUFFIXES', 'END', 'WORDS', 'MAGIC', 'SHAKESPEARE_URL', 'SHAKESP
            'read_text', 'read_jsonl', 'local_documents', 'in_words', 'arithmetic', 'numbers_documents', 'package_files',
            'stdlib_files', 'docstrings', 'in_fixed_order', 'take', 'help_topics', 'onboard_documents', 'byte_alphabet',
            'train_bpe', 'encoding', 'make_tokenizer', 'save_tokenizer', 'load_tokenizer', 'token_bytes', 'write_shard',
-           'open_shard', 'write_split', 'compressed', 'write_dataset', 'cut_one', 'shakespeare', 'prepare', 'permute',
-           'mixed', 'TokenFile', 'dataset_folder', 'read_manifest', 'n_windows', 'window_starts', 'Batch', 'batch_at',
-           'training_batch', 'all_windows', 'some_windows', 'target_domains', 'Prepare', 'main']
+           'open_shard', 'write_split', 'compressed', 'write_dataset', 'check_replaceable', 'split_documents',
+           'shakespeare', 'prepare', 'TokenFile', 'dataset_folder', 'read_manifest', 'permute', 'mixed', 'n_windows',
+           'window_starts', 'Batch', 'batch_at', 'training_batch', 'all_windows', 'some_windows', 'target_domains',
+           'Prepare', 'main']
 
 # %% ../nbs/01_data.ipynb #imports
 import ast, base64, gzip, hashlib, importlib.util, json, lzma, os, random, re, shutil, sys, sysconfig, tempfile
@@ -47,11 +48,13 @@ def read_text(path: Path) -> str:
 
 def read_jsonl(path: Path) -> Iterator[str]:
     "The `text` of each line of a .jsonl file; raises `BadInput` with the line number where there is none."
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split('\n'), 1):          # not splitlines(): a string may hold U+2028
         if not line.strip(): continue
-        try: text = json.loads(line)['text']
-        except (ValueError, KeyError, TypeError): text = None
-        if not isinstance(text, str): raise BadInput(f'{path} line {number} must be a JSON object with a string under "text"')
+        try:
+            text = json.loads(line)['text']
+            text.encode()                                                       # half a surrogate pair is no text
+        except (ValueError, KeyError, TypeError, AttributeError): text = None
+        if text is None: raise BadInput(f'{path} line {number} must be a JSON object with a string under "text"')
         yield text
 
 def local_documents(sources: Iterable[str | Path]) -> Iterator[Document]:
@@ -64,7 +67,7 @@ def local_documents(sources: Iterable[str | Path]) -> Iterator[Document]:
             if path.suffix not in TEXT_SUFFIXES: raise BadInput(f'{path} must end in one of {", ".join(TEXT_SUFFIXES)}')
             name = str(path.relative_to(source.parent))
             texts = read_jsonl(path) if path.suffix == '.jsonl' else [read_text(path)]
-            yield from (Document(text, source.stem, f'{name}:{i}') for i, text in enumerate(texts) if text)
+            yield from (Document(text, source.resolve().stem, f'{name}:{i}') for i, text in enumerate(texts) if text)
 
 # %% ../nbs/01_data.ipynb #numbers
 _ones = 'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen'.split()
@@ -270,14 +273,12 @@ def compressed(split: str, text: bytes) -> dict:
 def write_dataset(documents: Iterable[Document], folder: Path, tokenizer: str = 'bpe', vocab_size: int = 4096, source: str = '') -> dict:
     """Split, tokenize and write documents; the folder appears at once, complete, under its name. Returns the manifest.
 
-    Raises `BadInput` if either split would be empty.
+    Raises `BadInput` if there is no text, or if the folder holds anything but a prepared dataset.
     """
+    check_replaceable(folder)
     documents = list(documents)
-    splits = {split: [d for d in documents if is_held_out(d.name) == (split == 'val')] for split in ('train', 'val')}
-    if len(documents) == 1: splits = cut_one(documents[0])
-    if not all(splits.values()):
-        raise BadInput(f'{source or folder} gives {len(splits["train"])} documents to train on and {len(splits["val"])} to hold out; '
-                       'both must be at least 1')
+    splits = split_documents(documents)
+    if not all(splits.values()): raise BadInput(f'{source or folder} must hold some text to train on and some to hold out, got none')
     encoder = make_tokenizer(tokenizer, documents if tokenizer == 'chars' else splits['train'], vocab_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
@@ -292,10 +293,19 @@ def write_dataset(documents: Iterable[Document], folder: Path, tokenizer: str = 
     finally: shutil.rmtree(made, ignore_errors=True)
     return manifest
 
-def cut_one(doc: Document) -> dict[str, list[Document]]:
-    "A single document's first nine tenths to train on, the rest held out."
-    cut = len(doc.text) * 9 // 10
-    return {'train': [doc._replace(text=doc.text[:cut])] if cut else [], 'val': [doc._replace(text=doc.text[cut:])] if cut else []}
+def check_replaceable(folder: Path):
+    "Raise `BadInput` unless the folder is missing, empty or a prepared dataset: what is in it will be deleted."
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return
+    if not all((folder/name).exists() for name in ('manifest.json', 'tokenizer.json')):
+        raise BadInput(f'{folder} holds something else than a prepared dataset; name another folder with --out')
+
+def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
+    "Whole documents to train on and to hold out, chosen by name; of too few documents the last tenth of each is held out."
+    splits = {split: [d for d in documents if is_held_out(d.name) == (split == 'val')] for split in ('train', 'val')}
+    if all(splits.values()): return splits
+    cut = lambda d: len(d.text) * 9 // 10
+    return {'train': [d._replace(text=d.text[:cut(d)]) for d in documents if cut(d)],
+            'val': [d._replace(text=d.text[cut(d):]) for d in documents if cut(d)]}
 
 # %% ../nbs/01_data.ipynb #shakespeare
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -324,7 +334,7 @@ def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenize
     """
     sources = [source] if isinstance(source, str) else list(source)
     name = sources[0] if sources[0] in NAMED else Path(sources[0]).resolve().stem
-    if any(s in NAMED and not Path(s).exists() for s in sources[1:]): raise BadInput(f'only one of {", ".join(NAMED)} can be prepared at a time, got {" ".join(sources)}')
+    if len(sources) > 1 and any(s in NAMED for s in sources): raise BadInput(f'{", ".join(NAMED)} are prepared one at a time and alone, got {" ".join(sources)}; a folder of that name is ./NAME')
     if from_file and not name.startswith('shakespeare'): raise BadInput(f'from_file belongs to shakespeare and shakespeare_char, got {name}')
     if vocab_size is not None and vocab_size < 257: raise BadInput(f'vocab_size must be at least 257 (256 bytes and the end), got {vocab_size}')
     if name == 'onboard': documents = onboard_documents()
@@ -333,30 +343,6 @@ def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenize
     else: documents = local_documents(sources)
     kind = tokenizer or {'shakespeare_char': 'chars', 'numbers': 'bytes'}.get(name, 'bpe')
     return write_dataset(documents, resolve(out_dir or f'data/{name}'), kind, vocab_size or 4096, ' '.join(sources))
-
-# %% ../nbs/01_data.ipynb #permute
-def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Place of each i in a pseudo-random order of range(n), chosen by `key`: a bijection that needs no memory.
-
-    Four Feistel rounds on the smallest even number of bits that holds n - 1, walked again while the result is not below n.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    out, todo = np.asarray(i, np.uint64).copy(), np.ones(len(i), bool)
-    while todo.any():
-        left, right = out[todo] >> half, out[todo] & mask
-        for r in range(4): left, right = right, left ^ (mixed(right, key * 4 + r) & mask)
-        out[todo] = (left << half) | right
-        todo &= out >= n
-    return out.astype(np.int64)
-
-def mixed(x: np.ndarray, key: int) -> np.ndarray:
-    "64 well-stirred bits of each x (the finaliser of splitmix64)."
-    with np.errstate(over='ignore'):
-        z = x + np.uint64((key * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
 
 # %% ../nbs/01_data.ipynb #token-file
 class TokenFile:
@@ -393,11 +379,35 @@ def read_manifest(folder: Path) -> dict:
     "The folder's manifest.json, checked for what the reader needs."
     try:
         manifest = json.loads((folder/'manifest.json').read_text())
-        for entry in manifest['splits'].values(): entry['tokens'], entry['bytes'], entry['domains'], [s['file'] for s in entry['shards']]
+        for entry in manifest['splits'].values(): entry['tokens'], entry['bytes'], entry['domains'], [(s['file'], s['tokens']) for s in entry['shards']]
         manifest['vocab_size'], manifest['splits']['train'], manifest['splits']['val']
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise BadInput(f'{folder/"manifest.json"} is damaged ({type(e).__name__}: {e}); prepare the dataset again') from None
     return manifest
+
+# %% ../nbs/01_data.ipynb #permute
+def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Place of each i in a pseudo-random order of range(n), chosen by `key`: a bijection that needs no memory.
+
+    Four Feistel rounds on the smallest even number of bits that holds n - 1, walked again while the result is not below n.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out, todo = np.asarray(i, np.uint64).copy(), np.ones(len(i), bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & mask
+        for r in range(4): left, right = right, left ^ (mixed(right, key * 4 + r) & mask)
+        out[todo] = (left << half) | right
+        todo &= out >= n
+    return out.astype(np.int64)
+
+def mixed(x: np.ndarray, key: int) -> np.ndarray:
+    "64 well-stirred bits of each x (the finaliser of splitmix64)."
+    with np.errstate(over='ignore'):
+        z = x + np.uint64((key * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
 
 # %% ../nbs/01_data.ipynb #windows
 def n_windows(data: TokenFile, block_size: int) -> int:

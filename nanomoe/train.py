@@ -6,7 +6,7 @@
 __all__ = ['lr_at', 'make_optimizer', 'parameter_names', 'Record', 'routing_stats', 'evaluate', 'validation_figures',
            'peak_flops', 'keep_freed_memory', 'StopRequest', 'Trainer', 'open_data', 'fit_vocabulary', 'fingerprint',
            'check_resume', 'make_record', 'due', 'begin_files', 'read_log', 'append', 'routed_text', 'train', 'records',
-           'log', 'evaluation_only', 'live_line', 'show', 'summary', 'main', 'watch', 'make_tracker', 'leave']
+           'log', 'evaluation_only', 'live_line', 'show', 'summary', 'main', 'watch', 'make_tracker', 'finish']
 
 # %% ../nbs/12_train.ipynb #imports
 import ctypes, dataclasses, gc, json, math, os, platform, shutil, signal, sys, threading, time
@@ -95,7 +95,8 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
     model.eval()
     lengths = token_bytes(load_tokenizer(data.folder), cfg.vocab_size).to(world.device)
     layers, D = len(moe_layers(cfg)), len(data.domains)
-    sums = torch.zeros(D, 3, dtype=torch.float64, device=world.device)          # nats, targets, bytes of each domain
+    exact = torch.float32 if world.device.type == 'mps' else torch.float64      # Apple's GPUs have no float64
+    sums = torch.zeros(D, 3, dtype=exact, device=world.device)          # nats, targets, bytes of each domain
     load = torch.zeros(D, layers, cfg.n_experts, device=world.device)
     for i in range(world.rank * batch_size, len(starts), world.size * batch_size):
         here = starts[i:i + batch_size]
@@ -105,7 +106,7 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
             hidden, routings = model.hidden(x.view(len(here), -1))
             nats = token_losses(hidden.flatten(0, 1), model.wte.weight, y)       # (N,)
         seen = y >= 0
-        sums.index_add_(0, domain, torch.stack([nats, seen, lengths[y.clamp(min=0)] * seen], 1).double())
+        sums.index_add_(0, domain, torch.stack([nats, seen, lengths[y.clamp(min=0)] * seen], 1).to(exact))
         for layer, r in enumerate(routings):
             for k in range(r.expert_ids.size(1)): load[:, layer].index_put_((domain, r.expert_ids[:, k]), seen.float(), accumulate=True)
     model.train(was_training)
@@ -179,7 +180,7 @@ class Trainer:
         if cfg.compile or (cfg.compile is None and world.device.type == 'cuda'): self.model.compile()
         self.shared = share_gradients(self.model, world)
         self.autocast = torch.autocast(world.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        self.peak = peak_flops(world.device, self.dtype) * (world.size if world.device.type == 'cuda' else 1)
+        self.peak = peak_flops(world.device, self.dtype) * world.size
 
     @property
     def tokens_per_step(self) -> int:
@@ -403,11 +404,11 @@ def main(argv: list[str] | None = None):
     "`python -m nanomoe.train [PRESET | run.toml | config.json] --knob value …`, alone or under torchrun."
     with one_sentence():
         model_cfg, cfg = parse(sys.argv[1:] if argv is None else argv)
-        finished = watch(model_cfg, cfg)
-    leave(0 if finished else 130)
+        watch(model_cfg, cfg)
+    finish()
 
-def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
-    "Run `train` and tell the terminal, and the tracker if there is one, how it goes; returns whether it came to its end."
+def watch(model_cfg: ModelConfig, cfg: TrainConfig):
+    "Run `train` and tell the terminal, and the tracker if there is one, how it goes."
     first, started, bits, r, tracker = None, time.perf_counter(), 0.0, None, None
     for r in train(model_cfg, cfg):
         if os.environ.get('RANK', '0') != '0': continue
@@ -418,12 +419,10 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
         show(live_line(r, cfg, bits, started, first), keep=bool(r.val))
         if tracker: tracker.log(r.row(), step=r.step)
     if tracker: tracker.finish()
-    stopped = r is not None and r.step < cfg.max_iters and not cfg.eval_only
     if os.environ.get('RANK', '0') == '0':
-        if stopped: print(f'\nstopped after step {r.step}; the same command continues from there')
+        if r and r.step < cfg.max_iters and not cfg.eval_only: print(f'\nstopped after step {r.step}; the same command continues from there')
         data = TokenFile(cfg.dataset, 'val')
         print('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data)), flush=True)
-    return not stopped
 
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
     "A wandb run when it is asked for, else None."
@@ -431,10 +430,10 @@ def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
     import wandb
     return wandb.init(project='nanomoe', name=cfg.run_name or Path(cfg.out_dir).name, config=to_dict(model_cfg, cfg), dir=resolve(cfg.out_dir))
 
-def leave(code: int):
-    "Exit with this code; under torchrun without waiting for gloo's threads, which now and then abort a closing interpreter."
-    if 'RANK' not in os.environ: return sys.exit(code) if code else None
+def finish():
+    "Leave without the threads of gloo, which now and then abort an interpreter that shuts down."
+    if 'RANK' not in os.environ: return
     gc.collect(); sys.stdout.flush(); sys.stderr.flush()
-    os._exit(code)
+    os._exit(0)
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -1,4 +1,5 @@
-"Make README.md (or the file that is named) from nbs/index.ipynb, its pictures from assets/."
+"Make README.md and the pictures it takes from the page (assets/index-….png) from nbs/index.ipynb; a folder to write to may be named."
+import base64
 import json
 import re
 import sys
@@ -7,22 +8,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def readme(notebook: dict) -> str:
-    "The index as Markdown: prose as it is, code in fences with its text output; links lead from the root instead of nbs/."
-    parts = ['<!-- made from nbs/index.ipynb by tools/make_readme.py: edit that notebook -->']
+def readme(notebook: dict) -> tuple[str, dict[str, bytes]]:
+    "The index as Markdown, code with its output, and the pictures among that output by path; links lead from the root."
+    parts, pictures = ['<!-- made from nbs/index.ipynb by tools/make_readme.py: edit that notebook -->'], {}
     for cell in notebook['cells']:
         source = ''.join(cell['source'])
-        if re.match(r'#\s*\|\s*(hide|default_exp)', source): continue
-        if cell['cell_type'] == 'markdown': parts.append(source.replace('](../', '](').replace('="../', '="').replace('](index_links/', '](nbs/'))
-        else: parts += [f'```python\n{source}\n```', *text_outputs(cell)]
-    return '\n\n'.join(part.strip() for part in parts if part.strip()) + '\n'
-
-
-def text_outputs(cell: dict) -> list[str]:
-    "What a cell printed, as fences."
-    return ['```\n' + ''.join(o['text']).rstrip() + '\n```' for o in cell['outputs'] if o['output_type'] == 'stream']
+        if cell['cell_type'] == 'markdown':
+            parts.append(re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', source.replace('](../', '](')))
+        if cell['cell_type'] != 'code': continue
+        if not re.match(r'#\s*\|\s*hide', source): parts.append(f'```python\n{source}\n```')
+        for output in cell['outputs']:
+            if output['output_type'] == 'stream': parts.append('```\n' + ''.join(output['text']).rstrip() + '\n```')
+            if picture := output.get('data', {}).get('image/png'):
+                path = f'assets/index-{cell["id"]}.png'
+                pictures[path] = base64.b64decode(''.join(picture))
+                parts.append(f'![{cell["id"].replace("-", " ")}]({path})')
+    return '\n\n'.join(part.strip() for part in parts) + '\n', pictures
 
 
 if __name__ == '__main__':
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT/'README.md'
-    target.write_text(readme(json.loads((ROOT/'nbs'/'index.ipynb').read_text())))
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
+    text, pictures = readme(json.loads((ROOT/'nbs'/'index.ipynb').read_text()))
+    (folder/'README.md').write_text(text)
+    for path, content in pictures.items():
+        (folder/path).parent.mkdir(exist_ok=True)
+        (folder/path).write_bytes(content)
