@@ -23,6 +23,7 @@ class ModelConfig:
     n_layer: int = 12  # blocks, one after the other
     n_head: int = 12  # H: attention heads; n_embd must be a multiple of it
     n_embd: int = 768  # C: width of the residual stream
+    positions: Literal['learned', 'rotary'] = 'learned'  # a learnt vector per position as in GPT-2, or turned queries and keys
     dropout: float = 0.0  # chance of zeroing an activation in training; 0 for pretraining, 0.1 and up for finetuning
     bias: bool = False  # biases in linear layers, experts and layer norms, as GPT-2 has them
     activation: Literal['gelu', 'gelu_tanh'] = 'gelu'  # gelu_tanh is the approximation GPT-2 was trained with
@@ -52,6 +53,7 @@ class TrainConfig:
     max_iters: int = 600000  # optimiser steps
     batch_size: int = 12  # B: rows per micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches per step, over all processes together
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon orthogonalises the updates of the blocks' matrices
     learning_rate: float = 6e-4  # peak
     min_lr: float = 6e-5  # what the cosine decays to
     warmup_iters: int = 2000  # steps of linear warmup
@@ -122,6 +124,8 @@ def model_problems(m: ModelConfig) -> list[str]:
     for name in ('vocab_size', 'expert_width'):
         need(getattr(m, name) is None or getattr(m, name) >= 1, f'{name} must be at least 1, got {getattr(m, name)}')
     need(m.n_head < 1 or m.n_embd % m.n_head == 0, f'n_embd must be a multiple of n_head={m.n_head}, got {m.n_embd}')
+    need(m.positions == 'learned' or m.n_head < 1 or m.n_embd // m.n_head % 2 == 0,
+         f'n_embd / n_head must be even for rotary positions, got {m.n_embd} / {m.n_head}')
     need(0 <= m.dropout < 1, f'dropout must be at least 0 and below 1, got {m.dropout}')
     if m.n_experts > 1:
         need(1 <= m.top_k <= m.n_experts, f'top_k must be between 1 and n_experts={m.n_experts}, got {m.top_k}')

@@ -59,7 +59,7 @@ class GPT(nn.Module):
         if cfg.vocab_size is None: raise ValueError('vocab_size must be set to build a model, got None')
         self.cfg = cfg
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.positions == 'learned' else None
         self.h = nn.ModuleList(Block(cfg, i in moe_layers(cfg)) for i in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
         initialise(self, cfg)
@@ -79,7 +79,8 @@ class GPT(nn.Module):
         start = cache[0].length if cache else 0
         stop = start + idx.size(1)
         if stop > self.cfg.block_size: raise ValueError(f'at most block_size={self.cfg.block_size} positions fit, got {stop}')
-        x = self.wte(idx) + self.wpe.weight[start:stop]                 # (B, T, C)
+        x = self.wte(idx)                                               # (B, T, C)
+        if self.wpe is not None: x = x + self.wpe.weight[start:stop]
         x = F.dropout(x, self.cfg.dropout, self.training)
         routings = []
         for i, block in enumerate(self.h):

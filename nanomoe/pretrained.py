@@ -87,4 +87,4 @@ def initial_weights(init_from: str, cfg: ModelConfig) -> GPT:
 
 def cut_positions(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
     "The weights for a model that sees fewer positions."
-    return {**tensors, 'wpe.weight': tensors['wpe.weight'][:block_size]}
+    return {name: t[:block_size] if name == 'wpe.weight' else t for name, t in tensors.items()}

@@ -69,8 +69,8 @@ def in_palette(image: PIL.Image.Image) -> PIL.Image.Image:
     alike = [inner == beside for beside in (across[:, :-2], across[:, 2:], down[:-2], down[2:])]
     fills = np.isin(colours, inner[np.all(alike, 0)])                   # four neighbours share them
     order = np.lexsort((-counts, ~fills))
-    n = min(fills.sum() + 12, 240)
-    if counts[order[:n]].sum() < 0.9 * codes.size: n = 240              # a photograph rather than a chart
+    n = min(fills.sum() + 8, 240)
+    if counts[order[:n]].sum() < 0.75 * codes.size: n = 240              # a photograph rather than a chart
     rgb = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1)
     greys = np.arange(0, 256, 17)[:, None].repeat(3, 1)                 # 16 of them: the edges of letters
     palette = np.concatenate([rgb[order[:n]], greys])
