@@ -15,7 +15,7 @@ from torch import Tensor
 
 # %% ../nbs/05_capacity.ipynb #expert-capacity
 def expert_capacity(n_tokens: int, n_experts: int, top_k: int, factor: float, minimum: int = 4) -> int:
-    """Slots per expert, S: `factor` even shares of the N·K choices, rounded down, made even, at least `minimum`.
+    """Slots per expert, S: `factor` even shares of N·K choices, rounded down, made even, at least `minimum`.
 
     Switch Transformer (2101.03961) eq. 3, with the rounding of nanoMoE.
     """
@@ -31,11 +31,11 @@ class Slots(NamedTuple):
 
 # %% ../nbs/05_capacity.ipynb #assign-slots
 def assign_slots(expert_ids: Tensor, n_experts: int, capacity: int) -> Slots:
-    "Queue the choices (N, K) at their experts: first choices of all tokens in order, then second choices, and so on."
+    "Queue the choices (N, K) at their experts: first choices of all tokens in order, then second ones, …"
     N, K = expert_ids.shape
-    queue = expert_ids.T.flatten()                                      # choice-major: every first choice before any second
-    order = queue.argsort(stable=True)                                  # by expert, each in the order of arrival
-    first = torch.searchsorted(queue[order], torch.arange(n_experts, device=queue.device))   # (E,)
+    queue = expert_ids.T.flatten()                                      # every first choice before any second
+    order = queue.argsort(stable=True)                                  # by expert, each in order of arrival
+    first = torch.searchsorted(queue[order], torch.arange(n_experts, device=queue.device))  # (E,)
     place = torch.empty_like(queue)
     place[order] = torch.arange(N * K, device=queue.device) - first[queue[order]]
     place = place.view(K, N).T                                          # (N, K)
@@ -46,7 +46,7 @@ def assign_slots(expert_ids: Tensor, n_experts: int, capacity: int) -> Slots:
 def dispatch(x: Tensor, slots: Slots, n_experts: int) -> Tensor:
     "Copy the tokens (N, C) into their experts' queues, (E, S, C); empty slots hold zeros."
     N, K = slots.rows.shape
-    source = torch.full((n_experts * slots.capacity + 1,), N, device=x.device)            # which token each slot holds
+    source = torch.full((n_experts * slots.capacity + 1,), N, device=x.device)   # which token each slot holds
     source[slots.rows.flatten()] = torch.arange(N, device=x.device).repeat_interleave(K)
     padded = F.pad(x, (0, 0, 0, 1))                                     # row N: zeros, for empty slots
     return padded.index_select(0, source[:-1]).view(n_experts, slots.capacity, -1)

@@ -7,7 +7,7 @@ __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names
            'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Trainer', 'open_data',
            'fit_vocabulary', 'fingerprint', 'check_resume', 'make_record', 'due', 'begin_files', 'read_log', 'append',
            'routed_text', 'train', 'records', 'log', 'evaluation_only', 'live_line', 'show', 'summary', 'main', 'watch',
-           'make_tracker', 'finish']
+           'make_tracker', 'leave']
 
 # %% ../nbs/12_train.ipynb #imports
 import ctypes, dataclasses, gc, json, math, os, platform, shutil, signal, sys, threading, time
@@ -454,11 +454,11 @@ def main(argv: list[str] | None = None):
     "`python -m nanomoe.train [PRESET | run.toml | config.json] --knob value …`, alone or under torchrun."
     with one_sentence():
         model_cfg, cfg = parse(sys.argv[1:] if argv is None else argv)
-        watch(model_cfg, cfg)
-    finish()
+        finished = watch(model_cfg, cfg)
+    leave(0 if finished else 130)
 
-def watch(model_cfg: ModelConfig, cfg: TrainConfig):
-    "Run `train` and tell the terminal, and the tracker if there is one, how it goes."
+def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
+    "Run `train` and tell the terminal, and the tracker if there is one, how it goes; returns whether it came to its end."
     first, started, bits, r, tracker = None, time.perf_counter(), 0.0, None, None
     for r in train(model_cfg, cfg):
         if os.environ.get('RANK', '0') != '0': continue
@@ -469,10 +469,12 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig):
         show(live_line(r, cfg, bits, started, first), keep=bool(r.val))
         if tracker: tracker.log(r.row(), step=r.step)
     if tracker: tracker.finish()
+    stopped = r is not None and r.step < cfg.max_iters and not cfg.eval_only
     if os.environ.get('RANK', '0') == '0':
-        if r and r.step < cfg.max_iters and not cfg.eval_only: print(f'\nstopped after step {r.step}; the same command continues from there')
+        if stopped: print(f'\nstopped after step {r.step}; the same command continues from there')
         data = TokenFile(cfg.dataset, 'val')
         print('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data)), flush=True)
+    return not stopped
 
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
     "A wandb run when it is asked for, else None."
@@ -480,10 +482,10 @@ def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
     import wandb
     return wandb.init(project='nanomoe', name=cfg.run_name or Path(cfg.out_dir).name, config=to_dict(model_cfg, cfg), dir=resolve(cfg.out_dir))
 
-def finish():
-    "Leave without the threads of gloo, which now and then abort an interpreter that shuts down."
-    if 'RANK' not in os.environ: return
+def leave(code: int):
+    "Exit with this code; under torchrun without waiting for gloo's threads, which now and then abort a closing interpreter."
+    if 'RANK' not in os.environ: return sys.exit(code) if code else None
     gc.collect(); sys.stdout.flush(); sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 if __name__ == '__main__' and '__file__' in globals(): main()
