@@ -19,9 +19,11 @@ class KVCache:
     def __init__(self, size: int): self.size, self.length = size, 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        "Append k, v (B, H, T, D) and return all there is, (B, H, length, D); raises `ValueError` when it is full."
-        if self.length + k.size(2) > self.size: raise ValueError(f'cache holds {self.size} positions, got {self.length + k.size(2)}')
-        if self.length == 0: self.k, self.v = (t.new_empty(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
+        "Append k, v (B, H, T, D) and return all there is, (B, H, length, D); raises `ValueError` when full."
+        if self.length + k.size(2) > self.size:
+            raise ValueError(f'cache holds {self.size} positions, got {self.length + k.size(2)}')
+        if self.length == 0:
+            self.k, self.v = (t.new_empty(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
         here = slice(self.length, self.length + k.size(2))
         self.k[:, :, here], self.v[:, :, here] = k, v
         self.length = here.stop
@@ -29,10 +31,10 @@ class KVCache:
 
 # %% ../nbs/02_attention.ipynb #rotate
 def rotate(x: Tensor, start: int = 0) -> Tensor:
-    """Turn each pair of features of x (B, H, T, D) by an angle that grows with its position: start, start + 1, …
+    """Turn each pair of features of x (B, H, T, D) by an angle that grows with position: start, start + 1, …
 
-    Rotary embedding (2104.09864 eq. 34), base 10,000, features i and i + D/2 as a pair. The product of two turned vectors
-    depends on how far apart they stand, not on where.
+    Rotary embedding (2104.09864 eq. 34), base 10,000, features i and i + D/2 as a pair. The product of two
+    turned vectors depends on how far apart they stand, not on where.
     """
     T, D = x.shape[-2:]
     rate = 10_000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)    # (D/2,) radians per position
@@ -43,7 +45,7 @@ def rotate(x: Tensor, start: int = 0) -> Tensor:
 
 # %% ../nbs/02_attention.ipynb #causal-self-attention
 class CausalSelfAttention(nn.Module):
-    """Scaled dot-product attention with H heads (1706.03762 eq. 1), each position seeing itself and what is before it.
+    """Scaled dot-product attention with H heads (1706.03762 eq. 1): a position sees itself and all before it.
 
     With a cache, x holds only the positions that follow those in the cache.
     """
@@ -55,7 +57,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        q, k, v = (self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+                   .permute(2, 0, 3, 1, 4))                             # (B, H, T, D)
         if self.rotary: q, k = (rotate(t, cache.length if cache else 0) for t in (q, k))
         y = self.attend(q, k, v, cache)                                 # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))             # (B, T, C)

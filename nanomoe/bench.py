@@ -38,10 +38,10 @@ class Bench:
 
 # %% ../nbs/14_bench.ipynb #make-layer
 def make_layer(name: str, b: Bench) -> torch.nn.Module:
-    "One of the cases: `moe`, dropless; `capacity`, with queues of 1.25 fair shares; `twin`, a dense MLP of width K·F."
+    "A case: `moe`, dropless; `capacity`, with queues of 1.25 fair shares; `twin`, a dense MLP of width K·F."
     torch.manual_seed(0)
-    cfg = ModelConfig(n_embd=b.n_embd, n_head=1, n_experts=b.n_experts, top_k=b.top_k, expert_width=b.expert_width,
-                      capacity_factor=1.25 if name == 'capacity' else None)
+    cfg = ModelConfig(n_embd=b.n_embd, n_head=1, n_experts=b.n_experts, top_k=b.top_k,
+                      expert_width=b.expert_width, capacity_factor=1.25 if name == 'capacity' else None)
     layer = MLP(cfg, b.top_k * b.expert_width) if name == 'twin' else MoE(cfg)
     for p in layer.parameters(): torch.nn.init.normal_(p, std=0.02)
     return layer.to(find_device(b.device))
@@ -86,10 +86,11 @@ def prepare_process(b: Bench):
 def machine(b: Bench) -> dict:
     "What the figures depend on."
     device = find_device(b.device)
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
+    name = (torch.cuda.get_device_name(device) if device.type == 'cuda'
+            else platform.processor() or platform.machine())
     return dict(torch=torch.__version__, python=platform.python_version(), device=f'{device.type} {name}',
-                capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), dtype=b.dtype,
-                float32_matmul_precision=torch.get_float32_matmul_precision(),
+                capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
+                dtype=b.dtype, float32_matmul_precision=torch.get_float32_matmul_precision(),
                 allocator='keeps freed memory' if device.type == 'cpu' else 'torch')
 
 # %% ../nbs/14_bench.ipynb #resident
@@ -104,13 +105,17 @@ def measure_peak(name: str, b: Bench) -> int:
     device = find_device(b.device)
     prepare_process(b)
     run = make_pass(name, b)
-    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
-    else: Path('/proc/self/clear_refs').write_text('5'); before = resident('VmRSS')          # 5 resets the peak
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        Path('/proc/self/clear_refs').write_text('5')                   # 5 resets the peak
+        before = resident('VmRSS')
     run()
     return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else resident('VmHWM')) - before
 
 def peak_memory(name: str, b: Bench) -> float:
-    "Bytes that one forward and backward pass adds at its peak; not a number unless on CUDA or on Linux's CPU."
+    "Bytes that one forward and backward pass adds at its peak; not a number unless on CUDA or Linux's CPU."
     device = find_device(b.device).type
     if device != 'cuda' and (device != 'cpu' or sys.platform != 'linux'): return math.nan
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
@@ -121,22 +126,25 @@ def layer(b: Bench) -> list[dict]:
     "Median milliseconds, ratio to the twin, and peak memory of each case."
     names = ['twin', 'moe', 'capacity']
     times = interleaved({name: make_pass(name, b) for name in names}, b.repeats)
-    return [dict(case=name, ms=1e3 * statistics.median(times[name]), times_twin=neighbour_ratio(times[name], times['twin']),
+    return [dict(case=name, ms=1e3 * statistics.median(times[name]),
+                 times_twin=neighbour_ratio(times[name], times['twin']),
                  peak_gib=peak_memory(name, b) / 2**30) for name in names]
 
 def scale(b: Bench) -> list[dict]:
-    "Tokens per second of the layer and its twin over N, from 1,024 to 65,536 tokens: a cost linear in N keeps the rate."
+    "Tokens per second of the layer and its twin over N, 1,024 to 65,536 tokens: linear cost keeps the rate."
     rows = []
     for n in (1024, 4096, 16384, 65536):
         size = Bench(**{**asdict(b), 'n_tokens': n})
         times = interleaved({name: make_pass(name, size) for name in ('twin', 'moe')}, b.repeats)
-        rows.append(dict(n_tokens=n) | {f'{name}_tok_per_s': n / statistics.median(times[name]) for name in times})
+        rows.append(dict(n_tokens=n) | {f'{name}_tok_per_s': n / statistics.median(times[name])
+                                        for name in times})
     return rows
 
 # %% ../nbs/14_bench.ipynb #table
 def table(rows: list[dict]) -> str:
     "Rows as aligned text."
-    cells = [list(rows[0])] + [[f'{v:,.2f}' if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    cells = [list(rows[0])] + [[f'{v:,.2f}' if isinstance(v, float) else str(v) for v in row.values()]
+                               for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
 
@@ -146,9 +154,11 @@ def check_bench(b: Bench):
     for name in ('n_tokens', 'n_embd', 'expert_width', 'n_experts', 'top_k', 'repeats'):
         if getattr(b, name) < 1: raise BadInput(f'{name} must be at least 1, got {getattr(b, name)}')
     if b.n_experts < 2: raise BadInput(f'n_experts must be at least 2, got {b.n_experts}')
-    if b.top_k > b.n_experts: raise BadInput(f'top_k must be between 1 and n_experts={b.n_experts}, got {b.top_k}')
+    if b.top_k > b.n_experts:
+        raise BadInput(f'top_k must be between 1 and n_experts={b.n_experts}, got {b.top_k}')
     if b.threads < 0: raise BadInput(f'threads must be at least 0, got {b.threads}')
-    if b.json and not Path(b.json).parent.is_dir(): raise BadInput(f'json must be a file in a folder that exists, got {b.json}')
+    if b.json and not Path(b.json).parent.is_dir():
+        raise BadInput(f'json must be a file in a folder that exists, got {b.json}')
 
 # %% ../nbs/14_bench.ipynb #main
 def main(argv: list[str] | None = None):
@@ -162,9 +172,11 @@ def main(argv: list[str] | None = None):
         rows = {'layer': layer, 'scale': scale}[argv[0]](b)
     print(', '.join(f'{key} {value}' for key, value in machine(b).items()))
     tokens = f'N {b.n_tokens}, ' if argv[0] == 'layer' else ''
-    print(f'forward + backward, {tokens}C {b.n_embd}, F {b.expert_width}, E {b.n_experts}, K {b.top_k}; medians of {b.repeats}, interleaved')
+    print(f'forward + backward, {tokens}C {b.n_embd}, F {b.expert_width}, E {b.n_experts}, K {b.top_k}; '
+          f'medians of {b.repeats}, interleaved')
     print(table(rows))
     if b.json:
-        with open(b.json, 'w') as f: json.dump(dict(what=argv[0], settings=asdict(b), machine=machine(b), rows=rows), f, indent=1)
+        with open(b.json, 'w') as f:
+            json.dump(dict(what=argv[0], settings=asdict(b), machine=machine(b), rows=rows), f, indent=1)
 
 if __name__ == '__main__' and '__file__' in globals(): main()

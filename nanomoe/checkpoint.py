@@ -28,11 +28,13 @@ def sha256(path: Path) -> str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/09_checkpoint.ipynb #save
-def save(root: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict, keep: int = 2) -> Path:
-    """Write `step-NNNNNNNN/` with one .safetensors per entry of `tensors` and a meta.json with their digests; returns the folder.
+def save(root: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict,
+         keep: int = 2) -> Path:
+    """Write `step-NNNNNNNN/`, a .safetensors per entry of `tensors` and a meta.json with their digests.
 
-    Everything is written and synced under a temporary name, renamed at once, and only then are all but the newest `keep`
-    removed: a crash at any moment leaves the older checkpoints as they were. Raises `OSError` when it cannot be written.
+    Everything is written and synced under a temporary name, renamed at once, and only then are all but the
+    newest `keep` removed: a crash at any moment leaves the older checkpoints as they were. Returns the
+    folder; raises `OSError` when it cannot be written.
     """
     root = Path(root)
     made, final = root/f'.tmp-{step}-{os.getpid()}', root/f'step-{step:08d}'
@@ -76,13 +78,16 @@ def load(path: Path) -> Checkpoint:
     "Read one folder; raises `ValueError` when a file is missing or is not what was written."
     try: meta = json.loads((path/'meta.json').read_text())
     except (OSError, ValueError) as e: raise ValueError(f'meta.json cannot be read ({e})') from None
-    if not isinstance(meta, dict) or meta.get('seal') != seal(meta): raise ValueError('meta.json is not what was written')
+    if not isinstance(meta, dict) or meta.get('seal') != seal(meta):
+        raise ValueError('meta.json is not what was written')
     for name, digest in meta['sha256'].items():
-        if not (path/name).is_file() or sha256(path/name) != digest: raise ValueError(f'{name} is not what was written')
-    return Checkpoint(path, meta['step'], meta, {Path(name).stem: load_file(path/name) for name in meta['sha256']})
+        if not (path/name).is_file() or sha256(path/name) != digest:
+            raise ValueError(f'{name} is not what was written')
+    return Checkpoint(path, meta['step'], meta,
+                      {Path(name).stem: load_file(path/name) for name in meta['sha256']})
 
 def load_latest(root: str | Path) -> Checkpoint | None:
-    "The newest checkpoint whose digests match, saying on stderr which newer ones do not; None when there is none."
+    "The newest checkpoint whose digests match, or None; says on stderr which newer ones do not."
     for path in reversed(steps(Path(root))):
         try: return load(path)
         except ValueError as e: print(f'{path} is unusable: {e}; trying the one before', file=sys.stderr)
@@ -95,7 +100,8 @@ def sweep(root: str | Path):
 # %% ../nbs/09_checkpoint.ipynb #optimizer
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     "Its state as flat tensors, `parameter|entry`; `names` are the parameters' in the optimizer's order."
-    return {f'{names[i]}|{entry}': value for i, state in optimizer.state_dict()['state'].items() for entry, value in state.items()}
+    return {f'{names[i]}|{entry}': value for i, state in optimizer.state_dict()['state'].items()
+            for entry, value in state.items()}
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]):
     "The inverse of `optimizer_tensors`."

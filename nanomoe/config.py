@@ -23,7 +23,7 @@ class ModelConfig:
     n_layer: int = 12  # blocks, one after the other
     n_head: int = 12  # H: attention heads; n_embd must be a multiple of it
     n_embd: int = 768  # C: width of the residual stream
-    positions: Literal['learned', 'rotary'] = 'learned'  # a learnt vector per position as in GPT-2, or turned queries and keys
+    positions: Literal['learned', 'rotary'] = 'learned'  # a learnt vector each as in GPT-2, or turned queries and keys
     dropout: float = 0.0  # chance of zeroing an activation in training; 0 for pretraining, 0.1 and up for finetuning
     bias: bool = False  # biases in linear layers, experts and layer norms, as GPT-2 has them
     activation: Literal['gelu', 'gelu_tanh'] = 'gelu'  # gelu_tanh is the approximation GPT-2 was trained with
@@ -70,7 +70,7 @@ class TrainConfig:
     checkpoint_interval: int = 2000  # steps between checkpoints
     keep_checkpoints: int = 2  # how many of the newest are kept
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; auto is bfloat16 where the device has it
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; auto is bfloat16 if supported
     backend: str = 'auto'  # of torch.distributed; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere
     seed: int = 1337  # of weights, batches, dropout and noise
@@ -83,7 +83,7 @@ class BadInput(ValueError):
 
 @contextmanager
 def one_sentence():
-    "End the program with exit code 2 and the sentence alone when `BadInput` is raised; only the first process prints it."
+    "End the program with exit code 2 and the sentence alone on `BadInput`; only the first process prints it."
     try: yield
     except BadInput as e:
         if os.environ.get('RANK', '0') == '0': print(e, file=sys.stderr, flush=True)
@@ -122,16 +122,20 @@ def model_problems(m: ModelConfig) -> list[str]:
     for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'n_experts', 'moe_every', 'min_capacity'):
         need(getattr(m, name) >= 1, f'{name} must be at least 1, got {getattr(m, name)}')
     for name in ('vocab_size', 'expert_width'):
-        need(getattr(m, name) is None or getattr(m, name) >= 1, f'{name} must be at least 1, got {getattr(m, name)}')
-    need(m.n_head < 1 or m.n_embd % m.n_head == 0, f'n_embd must be a multiple of n_head={m.n_head}, got {m.n_embd}')
+        need(getattr(m, name) is None or getattr(m, name) >= 1,
+             f'{name} must be at least 1, got {getattr(m, name)}')
+    need(m.n_head < 1 or m.n_embd % m.n_head == 0,
+         f'n_embd must be a multiple of n_head={m.n_head}, got {m.n_embd}')
     need(m.positions == 'learned' or m.n_head < 1 or m.n_embd // m.n_head % 2 == 0,
          f'n_embd / n_head must be even for rotary positions, got {m.n_embd} / {m.n_head}')
     need(0 <= m.dropout < 1, f'dropout must be at least 0 and below 1, got {m.dropout}')
     if m.n_experts > 1:
-        need(1 <= m.top_k <= m.n_experts, f'top_k must be between 1 and n_experts={m.n_experts}, got {m.top_k}')
+        need(1 <= m.top_k <= m.n_experts,
+             f'top_k must be between 1 and n_experts={m.n_experts}, got {m.top_k}')
     for name in ('capacity_factor', 'eval_capacity_factor'):
         f = getattr(m, name)
-        need(f is None or (math.isfinite(f) and f > 0), f'{name} must be a finite number above 0, or None, got {f}')
+        need(f is None or (math.isfinite(f) and f > 0),
+             f'{name} must be a finite number above 0, or None, got {f}')
     for name in ('balance_weight', 'z_weight', 'init_scale'):
         v = getattr(m, name)
         need(math.isfinite(v) and v >= 0, f'{name} must be a finite number of at least 0, got {v}')
@@ -146,11 +150,13 @@ def train_problems(t: TrainConfig) -> list[str]:
                  'checkpoint_interval', 'keep_checkpoints', 'max_iters'):
         need(getattr(t, name) >= 1, f'{name} must be at least 1, got {getattr(t, name)}')
     need(t.warmup_iters >= 0, f'warmup_iters must be at least 0, got {t.warmup_iters}')
-    need(t.lr_decay_iters is None or t.lr_decay_iters >= 1, f'lr_decay_iters must be at least 1, or None, got {t.lr_decay_iters}')
+    need(t.lr_decay_iters is None or t.lr_decay_iters >= 1,
+         f'lr_decay_iters must be at least 1, or None, got {t.lr_decay_iters}')
     for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip'):
         v = getattr(t, name)
         need(math.isfinite(v) and v >= 0, f'{name} must be a finite number of at least 0, got {v}')
-    need(not (t.decay_lr and t.min_lr > t.learning_rate), f'min_lr must not exceed learning_rate={t.learning_rate}, got {t.min_lr}')
+    need(not (t.decay_lr and t.min_lr > t.learning_rate),
+         f'min_lr must not exceed learning_rate={t.learning_rate}, got {t.min_lr}')
     for name in ('beta1', 'beta2'):
         need(0 <= getattr(t, name) < 1, f'{name} must be at least 0 and below 1, got {getattr(t, name)}')
     need(t.seed >= 0, f'seed must be at least 0, got {t.seed}')
@@ -166,8 +172,8 @@ def check(model: ModelConfig, train: TrainConfig | None = None):
     if train is not None:
         problems += train_problems(train)
         if model.n_experts > 1 and model.top_k == 1 and model.gates == 'chosen':
-            problems.append("gates must be 'all' when top_k=1, because one renormalised gate is always 1 and gives the "
-                            "router no gradient, got 'chosen'")
+            problems.append("gates must be 'all' when top_k=1, because one renormalised gate is always 1 "
+                            "and gives the router no gradient, got 'chosen'")
     if problems: raise BadInput('\n'.join(problems))
 
 # %% ../nbs/00_config.ipynb #presets
@@ -175,42 +181,48 @@ _original = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=50304)   # nanoMoE'
 _baseline = dict(batch_size=8, eval_iters=500, eval_only=True, dataset='openwebtext')
 _presets = {
     'tiny': (ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, n_experts=4, moe_every=1),
-             TrainConfig(dataset='numbers', max_iters=60, batch_size=8, gradient_accumulation_steps=2, learning_rate=3e-3,
-                         min_lr=3e-4, warmup_iters=5, eval_interval=30, eval_iters=4, log_interval=5,
-                         checkpoint_interval=30, dtype='float32')),
-    'onboard': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=128, n_experts=8, moe_every=1, expert_width=128,
-                            positions='rotary'),
-                TrainConfig(dataset='onboard', max_iters=700, batch_size=4, gradient_accumulation_steps=2, optimizer='muon',
-                            learning_rate=1e-2, min_lr=0.0, warmup_iters=35, eval_interval=100, eval_iters=16, log_interval=10,
-                            checkpoint_interval=100)),
-    'nano_moe': (ModelConfig(**_original, n_experts=8, gates='chosen', capacity_factor=1.25, eval_capacity_factor=2.0,
-                             balance='nano_moe', init='switch'),
+             TrainConfig(dataset='numbers', max_iters=60, batch_size=8, gradient_accumulation_steps=2,
+                         learning_rate=3e-3, min_lr=3e-4, warmup_iters=5, eval_interval=30, eval_iters=4,
+                         log_interval=5, checkpoint_interval=30, dtype='float32')),
+    'onboard': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=128, n_experts=8, moe_every=1,
+                            expert_width=128, positions='rotary'),
+                TrainConfig(dataset='onboard', max_iters=700, batch_size=4, gradient_accumulation_steps=2,
+                            optimizer='muon', learning_rate=1e-2, min_lr=0.0, warmup_iters=35,
+                            eval_interval=100, eval_iters=16, log_interval=10, checkpoint_interval=100)),
+    'nano_moe': (ModelConfig(**_original, n_experts=8, gates='chosen', capacity_factor=1.25,
+                             eval_capacity_factor=2.0, balance='nano_moe', init='switch'),
                  TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
-    'nano_moe_dense': (ModelConfig(**_original), TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
+    'nano_moe_dense': (ModelConfig(**_original),
+                       TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
     'gpt2': (ModelConfig(vocab_size=50304), TrainConfig(dataset='openwebtext', eval_interval=1000)),
     'shakespeare': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=256, dropout=0.2, n_experts=8),
-                    TrainConfig(dataset='shakespeare', max_iters=1000, batch_size=16, gradient_accumulation_steps=2,
-                                learning_rate=1e-3, min_lr=1e-4, warmup_iters=50, eval_interval=250, eval_iters=40,
-                                checkpoint_interval=250)),
+                    TrainConfig(dataset='shakespeare', max_iters=1000, batch_size=16,
+                                gradient_accumulation_steps=2, learning_rate=1e-3, min_lr=1e-4,
+                                warmup_iters=50, eval_interval=250, eval_iters=40, checkpoint_interval=250)),
     'shakespeare_char': (ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
                          TrainConfig(dataset='shakespeare_char', max_iters=5000, batch_size=64,
-                                     gradient_accumulation_steps=1, learning_rate=1e-3, min_lr=1e-4, beta2=0.99,
-                                     warmup_iters=100, eval_interval=250, checkpoint_interval=250)),
+                                     gradient_accumulation_steps=1, learning_rate=1e-3, min_lr=1e-4,
+                                     beta2=0.99, warmup_iters=100, eval_interval=250,
+                                     checkpoint_interval=250)),
 }
 
 # %% ../nbs/00_config.ipynb #gpt2-presets
-_gpt2_sizes = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
+_gpt2_sizes = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024),
+               'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
 
 def gpt2_config(name: str) -> ModelConfig:
     "The shape of one of OpenAI's four GPT-2 models, `gpt2` (124M parameters) to `gpt2-xl` (1558M)."
     layers, heads, width = _gpt2_sizes[name]
-    return ModelConfig(n_layer=layers, n_head=heads, n_embd=width, vocab_size=50257, bias=True, activation='gelu_tanh')
+    return ModelConfig(n_layer=layers, n_head=heads, n_embd=width, vocab_size=50257, bias=True,
+                       activation='gelu_tanh')
 
 for _name in _gpt2_sizes:
-    _presets['eval_' + _name.replace('-', '_')] = (gpt2_config(_name), TrainConfig(**_baseline, init_from=_name))
+    _presets['eval_' + _name.replace('-', '_')] = (
+        gpt2_config(_name), TrainConfig(**_baseline, init_from=_name))
 _presets['finetune_shakespeare'] = (gpt2_config('gpt2-xl'), TrainConfig(
-    dataset='shakespeare_gpt2', init_from='gpt2-xl', max_iters=20, batch_size=1, gradient_accumulation_steps=32,
-    learning_rate=3e-5, decay_lr=False, warmup_iters=0, eval_interval=5, eval_iters=40, checkpoint_interval=20))
+    dataset='shakespeare_gpt2', init_from='gpt2-xl', max_iters=20, batch_size=1,
+    gradient_accumulation_steps=32, learning_rate=3e-5, decay_lr=False, warmup_iters=0,
+    eval_interval=5, eval_iters=40, checkpoint_interval=20))
 
 PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     name: (model, replace(train, out_dir=f'out/{name}')) for name, (model, train) in _presets.items()}
@@ -228,9 +240,11 @@ def starting_point(word: str) -> tuple[tuple[ModelConfig, TrainConfig], list[str
     try: flat = tomllib.loads(path.read_text()) if path.suffix == '.toml' else json.loads(path.read_text())
     except OSError as e: raise BadInput(f'{word} cannot be read: {e.strerror}') from None
     except ValueError as e: raise BadInput(f'{word} is not valid {path.suffix[1:]}: {e}') from None
-    if not isinstance(flat, dict): raise BadInput(f'{word} must hold one table of knobs, got a {type(flat).__name__}')
+    if not isinstance(flat, dict):
+        raise BadInput(f'{word} must hold one table of knobs, got a {type(flat).__name__}')
     base = flat.pop('preset', None)
-    if base is not None and str(base) not in PRESETS: raise BadInput(f'{word} names the preset {base}, which does not exist{nearest(str(base), PRESETS)}')
+    if base is not None and str(base) not in PRESETS:
+        raise BadInput(f'{word} names the preset {base}, which does not exist{nearest(str(base), PRESETS)}')
     start = PRESETS[base] if base else (ModelConfig(), TrainConfig(out_dir=f'out/{path.stem}'))
     return start, [f'--{name}={value}' for name, value in flat.items()]
 
@@ -239,7 +253,7 @@ def from_command_line(cls, default, argv: list[str], prog: str):
     "`tyro` over a dataclass, with nanoGPT's `--flag=True`; its complaints become one `BadInput` sentence."
     import tyro
     flags = tyro.conf.FlagConversionOff[tyro.conf.OmitArgPrefixes[cls]]
-    said, plain = io.StringIO(), io.StringIO()                  # an output that is no terminal gets no colours and no boxes
+    said, plain = io.StringIO(), io.StringIO()                  # no terminal, so no colours and no boxes
     try:
         with redirect_stdout(plain), redirect_stderr(said):
             return tyro.cli(flags, default=default, args=argv, use_underscores=True, prog=prog)
@@ -247,7 +261,7 @@ def from_command_line(cls, default, argv: list[str], prog: str):
         if not e.code:
             print(plain.getvalue(), end='')                     # the text of --help
             raise
-        sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', said.getvalue())[1]         # between the title and the next rule
+        sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', said.getvalue())[1]    # between title and next rule
         raise BadInput(' '.join(sentence.split())) from None
 
 @dataclass(frozen=True)
@@ -269,7 +283,7 @@ def parse(argv: list[str]) -> tuple[ModelConfig, TrainConfig]:
 
 # %% ../nbs/00_config.ipynb #home
 def home() -> Path:
-    "The folder that holds settings.ini, found upwards from the working folder, else from this file; else the working folder."
+    "The folder of settings.ini, upwards from the working folder, then this file; else the working folder."
     here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
     for start in (Path.cwd(), here):
         for folder in (start, *start.parents):

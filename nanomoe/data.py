@@ -13,7 +13,8 @@ __all__ = ['TEXT_SUFFIXES', 'END', 'WORDS', 'MAGIC', 'SHAKESPEARE_URL', 'SHAKESP
            'Prepare', 'main']
 
 # %% ../nbs/01_data.ipynb #imports
-import ast, base64, gzip, hashlib, importlib.util, json, lzma, os, random, re, shutil, sys, sysconfig, tempfile
+import ast, base64, gzip, hashlib, importlib.util, json, lzma, os, random
+import re, shutil, sys, sysconfig, tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,34 +44,40 @@ TEXT_SUFFIXES = ('.txt', '.md', '.py', '.jsonl')
 def read_text(path: Path) -> str:
     "The file's text; raises `BadInput` with the byte offset if it is not UTF-8."
     try: return path.read_bytes().decode('utf-8')
-    except UnicodeDecodeError as e: raise BadInput(f'{path} is not UTF-8 text: byte {e.start} cannot be decoded') from None
+    except UnicodeDecodeError as e:
+        raise BadInput(f'{path} is not UTF-8 text: byte {e.start} cannot be decoded') from None
     except OSError as e: raise BadInput(f'{path} cannot be read: {e.strerror}') from None
 
 def read_jsonl(path: Path) -> Iterator[str]:
     "The `text` of each line of a .jsonl file; raises `BadInput` with the line number where there is none."
-    for number, line in enumerate(read_text(path).split('\n'), 1):          # not splitlines(): a string may hold U+2028
+    for number, line in enumerate(read_text(path).split('\n'), 1):      # splitlines() also cuts at U+2028
         if not line.strip(): continue
         try:
             text = json.loads(line)['text']
-            text.encode()                                                       # half a surrogate pair is no text
+            text.encode()                                               # half a surrogate pair is no text
         except (ValueError, KeyError, TypeError, AttributeError): text = None
-        if text is None: raise BadInput(f'{path} line {number} must be a JSON object with a string under "text"')
+        if text is None:
+            raise BadInput(f'{path} line {number} must be a JSON object with a string under "text"')
         yield text
 
 def local_documents(sources: Iterable[str | Path]) -> Iterator[Document]:
     "Every .txt, .md, .py and .jsonl under the given files and folders; each argument's name is a domain."
     for source in map(Path, sources):
         if not source.exists(): raise BadInput(f'{source} does not exist')
-        files = sorted(p for p in source.rglob('*') if p.suffix in TEXT_SUFFIXES) if source.is_dir() else [source]
+        files = (sorted(p for p in source.rglob('*') if p.suffix in TEXT_SUFFIXES)
+                 if source.is_dir() else [source])
         if not files: raise BadInput(f'{source} holds no {", ".join(TEXT_SUFFIXES)} file')
         for path in files:
-            if path.suffix not in TEXT_SUFFIXES: raise BadInput(f'{path} must end in one of {", ".join(TEXT_SUFFIXES)}')
+            if path.suffix not in TEXT_SUFFIXES:
+                raise BadInput(f'{path} must end in one of {", ".join(TEXT_SUFFIXES)}')
             name = str(path.relative_to(source.parent))
             texts = read_jsonl(path) if path.suffix == '.jsonl' else [read_text(path)]
-            yield from (Document(text, source.resolve().stem, f'{name}:{i}') for i, text in enumerate(texts) if text)
+            yield from (Document(text, source.resolve().stem, f'{name}:{i}')
+                        for i, text in enumerate(texts) if text)
 
 # %% ../nbs/01_data.ipynb #numbers
-_ones = 'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen'.split()
+_ones = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
+         'fifteen sixteen seventeen eighteen nineteen').split()
 _tens = '_ _ twenty thirty forty fifty sixty seventy eighty ninety'.split()
 
 def in_words(n: int) -> str:
@@ -86,12 +93,14 @@ def arithmetic(rng: random.Random) -> str:
     kind = rng.randrange(8)
     if kind == 0: return f'{a} + {b} = {a + b}'
     if kind == 1: return f'{max(a, b)} - {min(a, b)} = {abs(a - b)}'
-    if kind == 2: return f'{a} * {c} = {a} * {c//10*10} + {a} * {c % 10} = {a*(c//10*10)} + {a*(c % 10)} = {a*c}'
+    if kind == 2: return (f'{a} * {c} = {a} * {c//10*10} + {a} * {c % 10} = '
+                          f'{a*(c//10*10)} + {a*(c % 10)} = {a*c}')
     if kind == 3: return f'{a} = {c} * {a//c} + {a % c}'
     if kind == 4: return f'{in_words(a)} plus {in_words(b)} is {in_words(a + b)}'
     if kind == 5: return f'{a}, {a + c}, {a + 2*c}, {a + 3*c}, {a + 4*c}: add {c} each time'
     if kind == 6: return f'{a} in words is {in_words(a)}; {a*1000 + b} is {in_words(a*1000 + b)}'
-    return f'{a} is {"less than" if a < b else "greater than" if a > b else "equal to"} {b}, and {b} is {"even" if b % 2 == 0 else "odd"}'
+    return (f'{a} is {"less than" if a < b else "greater than" if a > b else "equal to"} {b}, '
+            f'and {b} is {"even" if b % 2 == 0 else "odd"}')
 
 def numbers_documents(n_bytes: int, seed: int = 0, lines: int = 60) -> Iterator[Document]:
     "Seeded pages of arithmetic, `n_bytes` in all: text that anyone can make and whose rules can be learnt."
@@ -115,13 +124,14 @@ def stdlib_files() -> list[tuple[str, Path]]:
                   if not outside & set(p.relative_to(root).parts))
 
 def docstrings(source: str) -> str:
-    "The documentation inside Python source: its docstrings, and the strings handed to torch's and numpy's `add_docstr`."
+    "The documentation in Python source: its docstrings, and what torch and numpy hand to `add_docstr`."
     try: tree = ast.parse(source)
     except (SyntaxError, ValueError): return ''
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) or '' for node in ast.walk(tree) if isinstance(node, documented)]
-    if 'add_docstr(' in source or 'add_newdoc(' in source:          # documentation of compiled functions stands in calls
-        found += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    if 'add_docstr(' in source or 'add_newdoc(' in source:      # these calls document compiled functions
+        found += [node.value for node in ast.walk(tree)
+                  if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return '\n\n'.join(text.strip() for text in found if len(text) > 60)
 
 # %% ../nbs/01_data.ipynb #onboard
@@ -129,7 +139,8 @@ def in_fixed_order(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
     "The files in a pseudo-random order of their names: the same on every machine that has the same files."
     return sorted(files, key=lambda entry: hashlib.sha256(('order ' + entry[0]).encode()).digest())
 
-def take(domain: str, files: list[tuple[str, Path]], n_bytes: int, read=lambda text: text) -> Iterator[Document]:
+def take(domain: str, files: list[tuple[str, Path]], n_bytes: int,
+         read=lambda text: text) -> Iterator[Document]:
     "Whole files in their fixed order, each as `read` gives it, until `n_bytes` of text are reached."
     taken = 0
     for name, path in in_fixed_order(files):
@@ -145,17 +156,20 @@ def help_topics() -> Iterator[Document]:
     return (Document(text, 'prose', f'pydoc_data/topics/{name}') for name, text in sorted(topics.items()))
 
 def onboard_documents(n_bytes: int = 3_000_000) -> Iterator[Document]:
-    """Text that is on every machine which can run this: `python`, `cpp`, `prose` and `numbers`, about `n_bytes` each.
+    """Text on every machine that can run this: `python`, `cpp`, `prose` and `numbers`, about `n_bytes` each.
 
     A file of the standard library that is held out is held out as source and as documentation.
     """
     stdlib = stdlib_files()
-    packages = [entry for name in ('torch', 'numpy') for entry in package_files(name, '*.py') if '/tests/' not in entry[0]]
-    headers = [entry for entry in package_files('torch', '*.h') if '/ATen/ops/' not in entry[0]]    # those are generated
+    packages = [entry for name in ('torch', 'numpy') for entry in package_files(name, '*.py')
+                if '/tests/' not in entry[0]]
+    headers = [entry for entry in package_files('torch', '*.h')
+               if '/ATen/ops/' not in entry[0]]                 # those are generated
     yield from take('python', stdlib, n_bytes)
     yield from take('cpp', headers, n_bytes)
     yield from (topics := list(help_topics()))
-    yield from take('prose', stdlib + packages, n_bytes - sum(len(d.text.encode()) for d in topics), docstrings)
+    yield from take('prose', stdlib + packages,
+                    n_bytes - sum(len(d.text.encode()) for d in topics), docstrings)
     yield from numbers_documents(n_bytes)
 
 # %% ../nbs/01_data.ipynb #train-bpe
@@ -163,19 +177,21 @@ END = '<|endoftext|>'
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 def byte_alphabet() -> dict[str, int]:
-    "The printable character that stands for each byte in a byte-level BPE file (GPT-2's table), back to the byte."
+    "The printable character that stands for each byte in a BPE file (GPT-2's table), back to the byte."
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(rest)}}
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    "Ranks of a byte-level BPE (Sennrich et al. 1508.07909) with `vocab_size` - 1 entries, the last id being left for `END`."
+    "Ranks of a byte-level BPE (1508.07909) with `vocab_size` - 1 entries, the last id being left for `END`."
     from tokenizers import Tokenizer, Regex, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), 'isolated'),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     alphabet = byte_alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet), show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet), show_progress=False))
     ids = sorted(bpe.get_vocab().items(), key=lambda entry: entry[1])
     return {bytes(alphabet[ch] for ch in word): i for i, (word, _) in enumerate(ids)}
 
@@ -186,7 +202,7 @@ def encoding(name: str, pattern: str, ranks: dict[bytes, int]):
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 def make_tokenizer(kind: str, documents: list[Document], vocab_size: int):
-    "`bpe` and `chars` are learnt from the documents, `bytes` from nothing; any other name is one of tiktoken's own."
+    "`bpe` and `chars` are learnt from the documents, `bytes` from nothing; other names are tiktoken's own."
     if kind == 'bpe': return encoding('bpe', WORDS, train_bpe((d.text for d in documents), vocab_size))
     if kind == 'bytes': return encoding('bytes', WORDS, {bytes([i]): i for i in range(256)})
     if kind == 'chars':
@@ -203,7 +219,8 @@ def save_tokenizer(tokenizer, folder: Path):
     import tiktoken
     flat = {'name': tokenizer.name}
     if tokenizer.name not in tiktoken.list_encoding_names():
-        ranks = [base64.b64encode(word).decode() for word, _ in sorted(tokenizer._mergeable_ranks.items(), key=lambda entry: entry[1])]
+        ranks = [base64.b64encode(word).decode()
+                 for word, _ in sorted(tokenizer._mergeable_ranks.items(), key=lambda entry: entry[1])]
         flat |= {'pattern': tokenizer._pat_str, 'ranks': ranks}
     (folder/'tokenizer.json').write_text(json.dumps(flat))
 
@@ -214,17 +231,19 @@ def load_tokenizer(folder: Path):
     if not path.exists(): raise BadInput(f'{path} does not exist')
     flat = json.loads(path.read_text())
     if 'ranks' not in flat: return tiktoken.get_encoding(flat['name'])
-    return encoding(flat['name'], flat['pattern'], {base64.b64decode(word): i for i, word in enumerate(flat['ranks'])})
+    return encoding(flat['name'], flat['pattern'],
+                    {base64.b64decode(word): i for i, word in enumerate(flat['ranks'])})
 
 # %% ../nbs/01_data.ipynb #token-bytes
 def token_bytes(tokenizer, size: int | None = None) -> Tensor:
-    "Bytes of text each token id stands for, (size,) int64; special tokens and ids beyond the vocabulary stand for none."
+    "Bytes of text each token id stands for, (size,) int64; 0 for special tokens and beyond the vocabulary."
     lengths = torch.zeros(size or tokenizer.n_vocab, dtype=torch.int64)
     for word, i in tokenizer._mergeable_ranks.items(): lengths[i] = len(word)
     return lengths
 
 # %% ../nbs/01_data.ipynb #shards
-MAGIC = {np.dtype(np.uint16): (20240520, 1), np.dtype(np.uint32): (20240801, 7)}   # llm.c's GPT-2 and Llama-3 files
+MAGIC = {np.dtype(np.uint16): (20240520, 1),                    # llm.c's GPT-2 files
+         np.dtype(np.uint32): (20240801, 7)}                    # and its Llama-3 files
 
 def write_shard(path: Path, ids: np.ndarray, vocab_size: int) -> dict:
     "One file of token ids behind llm.c's header of 256 int32; returns its manifest entry."
@@ -248,21 +267,24 @@ def open_shard(path: Path) -> np.ndarray:
     raise BadInput(f'{path} is no token file: its header is unknown')
 
 # %% ../nbs/01_data.ipynb #write-split
-def write_split(folder: Path, split: str, documents: list[Document], tokenizer, shard_tokens: int = 100_000_000) -> dict:
-    "Encode and write one split, each document after an `END`, one domain after the other; returns its manifest entry."
+def write_split(folder: Path, split: str, documents: list[Document], tokenizer,
+                shard_tokens: int = 100_000_000) -> dict:
+    "Encode and write one split, each document after an `END`, domain by domain; returns its manifest entry."
     dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
-    documents = sorted(documents, key=lambda d: d.domain)                       # stable: order within a domain is kept
+    documents = sorted(documents, key=lambda d: d.domain)       # stable: order within a domain is kept
     encoded = tokenizer.encode_ordinary_batch([d.text for d in documents], num_threads=os.cpu_count() or 1)
     domains, position = {}, 0
     for doc, ids in zip(documents, encoded):
         start, position = position, position + len(ids) + 1
         domains.setdefault(doc.domain, [start, position])[1] = position
     end = np.array([tokenizer.eot_token], dtype)
-    ids = np.concatenate([part for words in encoded for part in (end, np.asarray(words, dtype))])   # (tokens,)
+    ids = np.concatenate([part for words in encoded
+                          for part in (end, np.asarray(words, dtype))])         # (tokens,)
     shards = [write_shard(folder/f'{split}_{i:06d}.bin', ids[start:start + shard_tokens], tokenizer.n_vocab)
               for i, start in enumerate(range(0, len(ids), shard_tokens))]
     text = ''.join(d.text for d in documents).encode()
-    return dict(tokens=len(ids), bytes=len(text), documents=len(documents), domains=domains, shards=shards) | compressed(split, text)
+    return dict(tokens=len(ids), bytes=len(text), documents=len(documents),
+                domains=domains, shards=shards) | compressed(split, text)
 
 def compressed(split: str, text: bytes) -> dict:
     "What `gzip -9` and `xz -9` make of the held-out text, in bytes: the marks to beat."
@@ -270,22 +292,25 @@ def compressed(split: str, text: bytes) -> dict:
     return dict(gzip_bytes=len(gzip.compress(text, 9)), xz_bytes=len(lzma.compress(text, preset=9)))
 
 # %% ../nbs/01_data.ipynb #prepare
-def write_dataset(documents: Iterable[Document], folder: Path, tokenizer: str = 'bpe', vocab_size: int = 4096, source: str = '') -> dict:
-    """Split, tokenize and write documents; the folder appears at once, complete, under its name. Returns the manifest.
+def write_dataset(documents: Iterable[Document], folder: Path, tokenizer: str = 'bpe',
+                  vocab_size: int = 4096, source: str = '') -> dict:
+    """Split, tokenize and write documents; the folder appears at once and complete. Returns the manifest.
 
     Raises `BadInput` if there is no text, or if the folder holds anything but a prepared dataset.
     """
     check_replaceable(folder)
     documents = list(documents)
     splits = split_documents(documents)
-    if not all(splits.values()): raise BadInput(f'{source or folder} must hold some text to train on and some to hold out, got none')
+    if not all(splits.values()):
+        raise BadInput(f'{source or folder} must hold some text to train on and some to hold out, got none')
     encoder = make_tokenizer(tokenizer, documents if tokenizer == 'chars' else splits['train'], vocab_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
     try:
         save_tokenizer(encoder, made)
         manifest = dict(format='nanomoe-tokens', version=1, source=source, vocab_size=encoder.n_vocab,
-                        splits={split: write_split(made, split, docs, encoder) for split, docs in splits.items()})
+                        splits={split: write_split(made, split, docs, encoder)
+                                for split, docs in splits.items()})
         (made/'manifest.json').write_text(json.dumps(manifest, indent=1))
         made.chmod(0o755)
         if folder.exists(): shutil.rmtree(folder)
@@ -294,14 +319,16 @@ def write_dataset(documents: Iterable[Document], folder: Path, tokenizer: str = 
     return manifest
 
 def check_replaceable(folder: Path):
-    "Raise `BadInput` unless the folder is missing, empty or a prepared dataset: what is in it will be deleted."
+    "Raise `BadInput` unless the folder is missing, empty or a prepared dataset: its content will be deleted."
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return
     if not all((folder/name).exists() for name in ('manifest.json', 'tokenizer.json')):
-        raise BadInput(f'{folder} holds something else than a prepared dataset; name another folder with --out')
+        raise BadInput(f'{folder} holds something else than a prepared dataset; '
+                       'name another folder with --out')
 
 def split_documents(documents: list[Document]) -> dict[str, list[Document]]:
-    "Whole documents to train on and to hold out, chosen by name; of too few documents the last tenth of each is held out."
-    splits = {split: [d for d in documents if is_held_out(d.name) == (split == 'val')] for split in ('train', 'val')}
+    "Whole documents to train on and to hold out, chosen by name; of too few, the last tenth of each."
+    splits = {split: [d for d in documents if is_held_out(d.name) == (split == 'val')]
+              for split in ('train', 'val')}
     if all(splits.values()): return splits
     cut = lambda d: len(d.text) * 9 // 10
     return {'train': [d._replace(text=d.text[:cut(d)]) for d in documents if cut(d)],
@@ -312,15 +339,18 @@ SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 def shakespeare(from_file: str | None = None) -> Document:
-    "Tiny Shakespeare (1.1 MB), downloaded or read from a file; raises `BadInput` unless its sha256 is the known one."
+    "Tiny Shakespeare (1.1 MB), downloaded or from a file; raises `BadInput` unless its sha256 is right."
     if from_file: raw = read_text(Path(from_file)).encode()
     else:
         from urllib.request import urlopen
         try: raw = urlopen(SHAKESPEARE_URL, timeout=30).read()
-        except OSError as e: raise BadInput(f'{SHAKESPEARE_URL} cannot be fetched ({e}); download it elsewhere and pass --from_file') from None
+        except OSError as e:
+            raise BadInput(f'{SHAKESPEARE_URL} cannot be fetched ({e}); '
+                           'download it elsewhere and pass --from_file') from None
     found = hashlib.sha256(raw).hexdigest()
     if found != SHAKESPEARE_SHA256:
-        raise BadInput(f'{from_file or SHAKESPEARE_URL} is not Tiny Shakespeare: its sha256 is {found}, expected {SHAKESPEARE_SHA256}')
+        raise BadInput(f'{from_file or SHAKESPEARE_URL} is not Tiny Shakespeare: '
+                       f'its sha256 is {found}, expected {SHAKESPEARE_SHA256}')
     return Document(raw.decode(), 'shakespeare', 'shakespeare')
 
 # %% ../nbs/01_data.ipynb #prepare-source
@@ -330,19 +360,25 @@ def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenize
             vocab_size: int | None = None, from_file: str | None = None) -> dict:
     """Make a dataset folder from a named source or from local files and folders; returns its manifest.
 
-    `out_dir` defaults to `data/NAME`; `tokenizer` to characters for `shakespeare_char`, bytes for `numbers`, else a BPE of 4096 entries.
+    `out_dir` defaults to `data/NAME`; `tokenizer` to characters for `shakespeare_char`, bytes for `numbers`,
+    else a BPE of 4096 entries.
     """
     sources = [source] if isinstance(source, str) else list(source)
     name = sources[0] if sources[0] in NAMED else Path(sources[0]).resolve().stem
-    if len(sources) > 1 and any(s in NAMED for s in sources): raise BadInput(f'{", ".join(NAMED)} are prepared one at a time and alone, got {" ".join(sources)}; a folder of that name is ./NAME')
-    if from_file and not name.startswith('shakespeare'): raise BadInput(f'from_file belongs to shakespeare and shakespeare_char, got {name}')
-    if vocab_size is not None and vocab_size < 257: raise BadInput(f'vocab_size must be at least 257 (256 bytes and the end), got {vocab_size}')
+    if len(sources) > 1 and any(s in NAMED for s in sources):
+        raise BadInput(f'{", ".join(NAMED)} are prepared one at a time and alone, got {" ".join(sources)}; '
+                       'a folder of that name is ./NAME')
+    if from_file and not name.startswith('shakespeare'):
+        raise BadInput(f'from_file belongs to shakespeare and shakespeare_char, got {name}')
+    if vocab_size is not None and vocab_size < 257:
+        raise BadInput(f'vocab_size must be at least 257 (256 bytes and the end), got {vocab_size}')
     if name == 'onboard': documents = onboard_documents()
     elif name == 'numbers': documents = numbers_documents(300_000)
     elif name in ('shakespeare', 'shakespeare_char'): documents = [shakespeare(from_file)]
     else: documents = local_documents(sources)
     kind = tokenizer or {'shakespeare_char': 'chars', 'numbers': 'bytes'}.get(name, 'bpe')
-    return write_dataset(documents, resolve(out_dir or f'data/{name}'), kind, vocab_size or 4096, ' '.join(sources))
+    return write_dataset(documents, resolve(out_dir or f'data/{name}'), kind,
+                         vocab_size or 4096, ' '.join(sources))
 
 # %% ../nbs/01_data.ipynb #token-file
 class TokenFile:
@@ -354,11 +390,13 @@ class TokenFile:
         self.folder, self.split = dataset_folder(folder), split
         self.manifest = read_manifest(self.folder)
         entry = self.manifest['splits'][split]
-        self.domains: dict[str, list[int]] = entry['domains']                      # name -> [first token, one past the last]
+        self.domains: dict[str, list[int]] = entry['domains']   # name -> [first token, one past the last]
         self.n_bytes, self.vocab_size = entry['bytes'], self.manifest['vocab_size']
         self.shards = [open_shard(self.folder/s['file']) for s in entry['shards']]
         for shard, s in zip(self.shards, entry['shards']):
-            if len(shard) != s['tokens']: raise BadInput(f'{self.folder/s["file"]} holds {len(shard)} tokens, its manifest says {s["tokens"]}')
+            if len(shard) != s['tokens']:
+                raise BadInput(f'{self.folder/s["file"]} holds {len(shard)} tokens, '
+                               f'its manifest says {s["tokens"]}')
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
 
     def __len__(self) -> int: return int(self.starts[-1])
@@ -370,7 +408,7 @@ class TokenFile:
 
 # %% ../nbs/01_data.ipynb #token-file-helpers
 def dataset_folder(name: str | Path) -> Path:
-    "A prepared folder by its path, or by its name under data/; raises `BadInput` with the command that makes it."
+    "A prepared folder by its path or its name under data/; raises `BadInput` with the command that makes it."
     for folder in (resolve(name), resolve(Path('data')/name)):
         if (folder/'manifest.json').exists(): return folder
     raise BadInput(f'there is no prepared dataset {name}; make it with: python -m nanomoe.data {name}')
@@ -379,17 +417,21 @@ def read_manifest(folder: Path) -> dict:
     "The folder's manifest.json, checked for what the reader needs."
     try:
         manifest = json.loads((folder/'manifest.json').read_text())
-        for entry in manifest['splits'].values(): entry['tokens'], entry['bytes'], entry['domains'], [(s['file'], s['tokens']) for s in entry['shards']]
+        for entry in manifest['splits'].values():
+            (entry['tokens'], entry['bytes'], entry['domains'],
+             [(s['file'], s['tokens']) for s in entry['shards']])
         manifest['vocab_size'], manifest['splits']['train'], manifest['splits']['val']
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BadInput(f'{folder/"manifest.json"} is damaged ({type(e).__name__}: {e}); prepare the dataset again') from None
+        raise BadInput(f'{folder/"manifest.json"} is damaged ({type(e).__name__}: {e}); '
+                       'prepare the dataset again') from None
     return manifest
 
 # %% ../nbs/01_data.ipynb #permute
 def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Place of each i in a pseudo-random order of range(n), chosen by `key`: a bijection that needs no memory.
+    """Place of each i in a pseudo-random order of range(n) chosen by `key`: a bijection that needs no memory.
 
-    Four Feistel rounds on the smallest even number of bits that holds n - 1, walked again while the result is not below n.
+    Four Feistel rounds on the smallest even number of bits that holds n - 1, walked again while the result
+    is not below n.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -413,13 +455,15 @@ def mixed(x: np.ndarray, key: int) -> np.ndarray:
 def n_windows(data: TokenFile, block_size: int) -> int:
     "Training windows in one epoch, after the largest shift; raises `BadInput` when there is none."
     n = (len(data) - block_size) // block_size
-    if n < 1: raise BadInput(f'{data.folder} split {data.split} must hold at least 2 * block_size={2*block_size} tokens, got {len(data)}')
+    if n < 1:
+        raise BadInput(f'{data.folder} split {data.split} must hold at least '
+                       f'2 * block_size={2*block_size} tokens, got {len(data)}')
     return n
 
 def window_starts(samples: np.ndarray, n: int, block_size: int, seed: int) -> np.ndarray:
     """First token of each sample's window: a pure function of (seed, global sample number).
 
-    Each epoch reads every window once, in an order of its own, with all edges shifted by an offset of its own.
+    Each epoch reads every window once, in its own order, with all edges shifted by its own offset.
     """
     starts = np.empty(len(samples), np.int64)
     for epoch in np.unique(samples // n):
@@ -440,7 +484,9 @@ def batch_at(data: TokenFile, starts: np.ndarray, block_size: int) -> Batch:
     for row, start in zip(rows, starts):
         tokens = data.read(int(start), min(int(start) + block_size + 1, len(data)))
         row[:len(tokens)] = tokens
-    if rows.max() >= data.vocab_size: raise BadInput(f'{data.folder} split {data.split} holds token id {rows.max()}, but its vocabulary has {data.vocab_size} entries')
+    if rows.max() >= data.vocab_size:
+        raise BadInput(f'{data.folder} split {data.split} holds token id {rows.max()}, '
+                       f'but its vocabulary has {data.vocab_size} entries')
     rows = torch.from_numpy(rows)
     return Batch(rows[:, :-1].clamp(min=0), rows[:, 1:])
 
@@ -451,7 +497,7 @@ def training_batch(data: TokenFile, first: int, batch_size: int, block_size: int
 
 # %% ../nbs/01_data.ipynb #evaluation-windows
 def all_windows(data: TokenFile, block_size: int) -> np.ndarray:
-    "First tokens of the windows that cover the whole split, so that each token but the first is a target exactly once."
+    "First tokens of windows that cover the whole split: each token but the first is a target exactly once."
     return np.arange(0, len(data) - 1, block_size)
 
 def some_windows(data: TokenFile, block_size: int, count: int, seed: int = 0) -> np.ndarray:
@@ -479,12 +525,15 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     split = next((i for i, word in enumerate(argv) if word.startswith('-')), len(argv))
     with one_sentence():
-        options = from_command_line(Prepare, Prepare(), argv[split:], f'python -m nanomoe.data {{{",".join(NAMED)}}} or FILE_OR_FOLDER…')
+        options = from_command_line(Prepare, Prepare(), argv[split:],
+                                    f'python -m nanomoe.data {{{",".join(NAMED)}}} or FILE_OR_FOLDER…')
         if not split: raise BadInput(f'name what to prepare: one of {", ".join(NAMED)}, or files and folders')
-        manifest = prepare(argv[:split], options.out, options.tokenizer, options.vocab_size, options.from_file)
+        manifest = prepare(argv[:split], options.out, options.tokenizer, options.vocab_size,
+                           options.from_file)
     for name, entry in manifest['splits'].items():
         domains = ', '.join(f'{domain} {end - start:,}' for domain, (start, end) in entry['domains'].items())
-        print(f'{name:5s} {entry["documents"]:,} documents  {entry["bytes"]:,} bytes  {entry["tokens"]:,} tokens  ({domains})')
+        print(f'{name:5s} {entry["documents"]:,} documents  {entry["bytes"]:,} bytes  '
+              f'{entry["tokens"]:,} tokens  ({domains})')
     print(f'{manifest["vocab_size"]} entries in the vocabulary')
 
 if __name__ == '__main__' and '__file__' in globals(): main()

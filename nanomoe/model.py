@@ -23,7 +23,10 @@ from .router import Routing
 
 # %% ../nbs/08_model.ipynb #block
 class Block(nn.Module):
-    "Attention, then an MLP or a mixture of experts, each after a layer norm and added to the stream: x (B, T, C) -> (x, routing)."
+    """Attention, then an MLP or a mixture of experts: x (B, T, C) -> (x, routing).
+
+    Each comes after a layer norm and is added to the stream.
+    """
     def __init__(self, cfg: ModelConfig, sparse: bool):
         super().__init__()
         self.ln_1 = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
@@ -49,9 +52,9 @@ class GPTOutput(NamedTuple):
     routings: tuple[Routing, ...]      # one per MoE layer, N = B·T tokens each
 
 class GPT(nn.Module):
-    """GPT-2's architecture (learnt positions, pre-norm, tied head) with experts in every `moe_every`-th block.
+    """GPT-2's architecture, pre-norm with a tied head, and experts in every `moe_every`-th block.
 
-    Raises `BadInput` for a configuration that cannot be built.
+    Positions are learnt or rotary. Raises `BadInput` for a configuration that cannot be built.
     """
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -66,11 +69,12 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, keep_logits: bool = True,
                 cache: list[KVCache] | None = None) -> GPTOutput:
-        "Token ids (B, T), and the ids that follow them with -1 for no target; with a cache, idx continues what it holds."
+        "Token ids (B, T), and those that follow, -1 for none; with a cache, idx continues what it holds."
         x, routings = self.hidden(idx, cache)                           # (B, T, C)
         logits = F.linear(x, self.wte.weight) if keep_logits or targets is None else None      # (B, T, V)
         if targets is None: return GPTOutput(logits, None, routings)
-        if logits is not None: ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        if logits is not None:
+            ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         else: ce = head_loss(x.flatten(0, 1), self.wte.weight, targets.flatten())
         return GPTOutput(logits, total_loss(ce, routings, self.cfg), routings)
 
@@ -78,7 +82,8 @@ class GPT(nn.Module):
         "The last hidden states (B, T, C), which the head reads, and every MoE layer's routing."
         start = cache[0].length if cache else 0
         stop = start + idx.size(1)
-        if stop > self.cfg.block_size: raise ValueError(f'at most block_size={self.cfg.block_size} positions fit, got {stop}')
+        if stop > self.cfg.block_size:
+            raise ValueError(f'at most block_size={self.cfg.block_size} positions fit, got {stop}')
         x = self.wte(idx)                                               # (B, T, C)
         if self.wpe is not None: x = x + self.wpe.weight[start:stop]
         x = F.dropout(x, self.cfg.dropout, self.training)
@@ -92,13 +97,15 @@ class GPT(nn.Module):
 def initialise(model: GPT, cfg: ModelConfig):
     """GPT-2's init: N(0, 0.02), and N(0, 0.02/√(2·n_layer)) for what writes to the stream; biases 0.
 
-    `init='switch'` draws every matrix but positions from a truncated normal of std √(scale/fan_in) first (2101.03961
-    §2.4). As in nanoMoE that reaches the tied embedding too, and not what writes to the stream.
+    `init='switch'` draws every matrix but positions from a truncated normal of std √(scale/fan_in) first
+    (2101.03961 §2.4). As in nanoMoE that reaches the tied embedding too, and not what writes to the stream.
     """
     for name, p in model.named_parameters():
         if name.endswith('bias'): nn.init.zeros_(p)
-        elif name.endswith('c_proj') or name.endswith('c_proj.weight'): nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer))
-        elif p.dim() >= 2: matrix_init(p, cfg, fan_in=p.size(1), switch=cfg.init == 'switch' and name != 'wpe.weight')
+        elif name.endswith('c_proj') or name.endswith('c_proj.weight'):
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer))
+        elif p.dim() >= 2:
+            matrix_init(p, cfg, fan_in=p.size(1), switch=cfg.init == 'switch' and name != 'wpe.weight')
 
 def matrix_init(p: Tensor, cfg: ModelConfig, fan_in: int, switch: bool):
     "A weight whose second dimension is its inputs: (out, C) of a linear layer or (E, C, F) of experts."
@@ -109,13 +116,14 @@ def matrix_init(p: Tensor, cfg: ModelConfig, fan_in: int, switch: bool):
 
 # %% ../nbs/08_model.ipynb #count
 def n_params(model: GPT) -> tuple[int, int]:
-    "(total, active) parameters; active are those one token meets: K of the E experts in each MoE layer, and all the rest."
+    "(total, active) parameters; active are those a token meets: K of E experts per MoE layer, and all else."
     total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for block in model.h if isinstance(block.mlp, MoE) for p in block.mlp.experts.parameters())
+    experts = sum(p.numel() for block in model.h if isinstance(block.mlp, MoE)
+                  for p in block.mlp.experts.parameters())
     return total, total - experts + experts * model.cfg.top_k // model.cfg.n_experts
 
 def flops_per_token(cfg: ModelConfig) -> int:
-    """FLOPs of one token's forward and backward pass: 6 per active matrix weight, and attention's 12·n_layer·C·T.
+    """FLOPs of one token, forward and backward: 6 per active matrix weight, and attention's 12·n_layer·C·T.
 
     PaLM (2204.02311) appendix B. Only the K experts a token visits count.
     """
@@ -127,7 +135,7 @@ def flops_per_token(cfg: ModelConfig) -> int:
 
 # %% ../nbs/08_model.ipynb #cross-entropy
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x @ weight.T, a chunk of tokens at a time: never more than one (chunk, V) block of logits.
+    """Mean cross-entropy of x @ weight.T, chunk by chunk: never more than one (chunk, V) block of logits.
 
     The gradients are made in the forward pass, while each chunk's logits are still there.
     """
@@ -136,7 +144,8 @@ class HeadLoss(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         count = (targets >= 0).sum().clamp(min=1)
         loss = x.new_zeros((), dtype=torch.float32)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if needs_grad else (None, None)
+        dx, dw = ((torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if needs_grad
+                  else (None, None))
         for i in range(0, len(x), chunk):
             here, y = x[i:i + chunk], targets[i:i + chunk]
             logits = (here @ weight.T).float()                          # (chunk, V)
@@ -145,7 +154,8 @@ class HeadLoss(torch.autograd.Function):
             log_sum = logits.logsumexp(-1, keepdim=True)
             loss += ((log_sum - logits.gather(1, y)) * scale).sum()
             if not needs_grad: continue
-            dlogits = logits.sub_(log_sum).exp_().scatter_add_(1, y, torch.full_like(log_sum, -1.0)).mul_(scale).to(x.dtype)
+            dlogits = (logits.sub_(log_sum).exp_().scatter_add_(1, y, torch.full_like(log_sum, -1.0))
+                       .mul_(scale).to(x.dtype))
             dx[i:i + chunk] = dlogits @ weight
             dw += dlogits.T @ here
         ctx.save_for_backward(dx, dw)
@@ -160,12 +170,13 @@ class HeadLoss(torch.autograd.Function):
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
     "Mean cross-entropy in nats of hidden states (N, C) under a tied head (V, C), in the dtype of autocast."
     device = x.device.type
-    if torch.is_autocast_enabled(device): x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+    if torch.is_autocast_enabled(device):
+        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
     with torch.autocast(device, enabled=False): return HeadLoss.apply(x, weight, targets, chunk)
 
 @torch.no_grad()
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    "Cross-entropy of each token in nats, (N,), 0 where there is no target; for evaluation, a chunk of tokens at a time."
-    parts = [F.cross_entropy(F.linear(x[i:i + chunk], weight).float(), targets[i:i + chunk], ignore_index=-1, reduction='none')
-             for i in range(0, len(x), chunk)]
+    "Cross-entropy of each token in nats, (N,), 0 where there is no target; for evaluation, chunk by chunk."
+    parts = [F.cross_entropy(F.linear(x[i:i + chunk], weight).float(), targets[i:i + chunk],
+                             ignore_index=-1, reduction='none') for i in range(0, len(x), chunk)]
     return torch.cat(parts)

@@ -21,24 +21,31 @@ from .config import BadInput
 # %% ../nbs/11_parallel.ipynb #find-device
 def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
     "The device this process works on; raises `BadInput` when the machine has none of that name."
-    if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: device = torch.device(name)
-    except RuntimeError: raise BadInput(f'device must be auto, cpu, cuda, cuda:N or mps, got {name}') from None
+    except RuntimeError:
+        raise BadInput(f'device must be auto, cpu, cuda, cuda:N or mps, got {name}') from None
     if device.type == 'cuda' and device.index is None: device = torch.device('cuda', local_rank)
-    has = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
-    if (device.index or 0) >= has: raise BadInput(f'device {device} does not exist: this machine has {has} of that kind')
+    has = {'cpu': 1, 'cuda': torch.cuda.device_count(),
+           'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= has:
+        raise BadInput(f'device {device} does not exist: this machine has {has} of that kind')
     return device
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
     "What matrix products are computed in; auto is bfloat16 where the hardware has it, else float32."
-    fast = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False), 'cpu': cpu_has_bfloat16}.get(device.type, lambda: False)
+    fast = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            'cpu': cpu_has_bfloat16}.get(device.type, lambda: False)
     if name == 'auto': return torch.bfloat16 if fast() else torch.float32
-    if name == 'bfloat16' and device.type == 'cuda' and not fast(): raise BadInput(f'dtype must be float16 or float32 on {device}, which has no bfloat16, got bfloat16')
-    if name == 'float16' and device.type == 'cpu': raise BadInput('dtype must be float32 or bfloat16 on a CPU, got float16')
+    if name == 'bfloat16' and device.type == 'cuda' and not fast():
+        raise BadInput(f'dtype must be float16 or float32 on {device}, which has no bfloat16, got bfloat16')
+    if name == 'float16' and device.type == 'cpu':
+        raise BadInput('dtype must be float32 or bfloat16 on a CPU, got float16')
     return getattr(torch, name)
 
 def cpu_has_bfloat16() -> bool:
-    "Whether the processor multiplies bfloat16 itself (AVX512-BF16 or AMX); elsewhere it is slower than float32."
+    "Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); elsewhere it is slower than float32."
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 # %% ../nbs/11_parallel.ipynb #world
@@ -54,7 +61,7 @@ class World(NamedTuple):
 # %% ../nbs/11_parallel.ipynb #start
 @contextmanager
 def process_group(device: str = 'auto', backend: str = 'auto'):
-    "The `World` that torchrun describes in the environment, or a world of one; its process group ends with the block."
+    "The `World` of torchrun's environment, or a world of one; its process group ends with the block."
     launched = 'RANK' in os.environ
     found = find_device(device, int(os.environ.get('LOCAL_RANK', 0)))
     if not launched:
@@ -74,7 +81,8 @@ def all_reduce(t: Tensor, op: str = 'sum') -> Tensor:
 def share_gradients(model: torch.nn.Module, world: World) -> torch.nn.Module:
     "The model, averaging its gradients over all processes in every backward pass."
     if world.size == 1: return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == 'cuda' else None, gradient_as_bucket_view=True)
+    devices = [world.device] if world.device.type == 'cuda' else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 def quietly(model: torch.nn.Module, last: bool):
     "A context in which gradients are only added up; the `last` micro-batch of a step averages them."
@@ -84,5 +92,6 @@ def my_micro_batches(total: int, world: World) -> range:
     "Which of a step's micro-batches this process computes; raises `BadInput` unless they divide evenly."
     if total % world.size:
         near = sorted({max(1, total // world.size) * world.size, (total // world.size + 1) * world.size})
-        raise BadInput(f'gradient_accumulation_steps must be a multiple of the {world.size} processes, such as {" or ".join(map(str, near))}, got {total}')
+        raise BadInput(f'gradient_accumulation_steps must be a multiple of the {world.size} processes, '
+                       f'such as {" or ".join(map(str, near))}, got {total}')
     return range(world.rank, total, world.size)

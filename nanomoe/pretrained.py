@@ -18,9 +18,11 @@ from .model import GPT
 # %% ../nbs/10_pretrained.ipynb #nanomoe-config
 def nanomoe_config(flat: dict) -> ModelConfig:
     "The original's configuration, with its names, as ours."
-    same = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'top_k', 'min_capacity')
+    same = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias',
+            'top_k', 'min_capacity')
     return ModelConfig(
-        **{name: flat[name] for name in same}, n_experts=flat['n_exp'], moe_every=flat['stride'], gates='chosen',
+        **{name: flat[name] for name in same},
+        n_experts=flat['n_exp'], moe_every=flat['stride'], gates='chosen',
         router='noisy' if flat['use_noisy_top_k'] else 'softmax', router_float32=flat['router_use_full_prec'],
         capacity_factor=flat['train_capacity'], eval_capacity_factor=flat['eval_capacity'],
         balance='nano_moe' if flat['use_aux_loss'] else 'none', balance_weight=flat['aux_loss_weight'],
@@ -48,23 +50,29 @@ def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
         raise BadInput(f'the weights {have} {name}, which the configuration {does}')
     for name, tensor in tensors.items():
         if wanted[name].shape != tensor.shape:
-            raise BadInput(f'the weight {name} must have shape {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}')
+            raise BadInput(f'the weight {name} must have shape {tuple(wanted[name].shape)}, '
+                           f'got {tuple(tensor.shape)}')
     model.load_state_dict(tensors)
     return model
 
 # %% ../nbs/10_pretrained.ipynb #from-gpt2
 def from_gpt2(state_dict: dict[str, Tensor], cfg: ModelConfig) -> GPT:
-    "Weights of Hugging Face's `GPT2LMHeadModel` as ours; its Conv1D layers store them transposed, its head is tied."
+    "Hugging Face's `GPT2LMHeadModel` as ours; its Conv1D layers store weights transposed, its head is tied."
     renamed = {}
     for name, tensor in state_dict.items():
         name = name.removeprefix('transformer.')
-        if name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias')): continue      # tied; masks
-        renamed[name] = tensor.T if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else tensor
+        if name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias')):
+            continue                                                    # tied; masks
+        transposed = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+        renamed[name] = tensor.T if transposed else tensor
     return fill(GPT(cfg), renamed)
 
 def load_gpt2(name: str) -> GPT:
     "One of OpenAI's four models, through `transformers`; raises `BadInput` when it cannot be had."
-    from transformers import GPT2LMHeadModel
+    try: from transformers import GPT2LMHeadModel
+    except ImportError:
+        raise BadInput(f'{name} is loaded through transformers; '
+                       "install it with: pip install -e '.[hf]'") from None
     try: theirs = GPT2LMHeadModel.from_pretrained(name)
     except OSError as e: raise BadInput(f'{name} cannot be loaded: {str(e).splitlines()[0]}') from None
     return from_gpt2(theirs.state_dict(), gpt2_config(name))
@@ -73,7 +81,8 @@ def load_gpt2(name: str) -> GPT:
 def load_run(out_dir: str | Path) -> GPT:
     "The newest good checkpoint of one of our runs; raises `BadInput` when there is none."
     found = load_latest(resolve(out_dir))
-    if found is None: raise BadInput(f'{out_dir} holds no checkpoint; train one with: python -m nanomoe.train')
+    if found is None:
+        raise BadInput(f'{out_dir} holds no checkpoint; train one with: python -m nanomoe.train')
     cfg, _ = from_dict(found.meta['config'])
     return fill(GPT(cfg), found.tensors['model'])
 
@@ -81,8 +90,10 @@ def initial_weights(init_from: str, cfg: ModelConfig) -> GPT:
     "A new model of this shape, with the weights that `init_from` names: scratch, gpt2… or a run's folder."
     if init_from == 'scratch': return GPT(cfg)
     model = load_gpt2(init_from) if init_from.startswith('gpt2') else load_run(init_from)
-    if model.cfg.n_head != cfg.n_head:                                  # no shape shows it
-        raise BadInput(f'n_head must be {model.cfg.n_head} as in {init_from}, got {cfg.n_head}')
+    for knob in ('n_head', 'activation', 'positions'):                  # no shape shows these
+        if getattr(model.cfg, knob) != getattr(cfg, knob):
+            raise BadInput(f'{knob} must be {getattr(model.cfg, knob)} as in {init_from}, '
+                           f'got {getattr(cfg, knob)}')
     return fill(GPT(cfg), cut_positions(model.state_dict(), cfg.block_size))
 
 def cut_positions(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def choose(logits: Tensor, top_k: int, gates: str = 'all') -> Routing:
     """Route by router logits (N, E) to the `top_k` experts of each token.
 
     `gates='all'`: a choice's weight is its probability among all E experts (Switch, 2101.03961 eq. 2).
-    `gates='chosen'`: softmax over the K chosen logits, so that they sum to 1 (Shazeer et al. 1701.06538 eq. 3-5; Mixtral).
+    `gates='chosen'`: softmax over the K chosen logits, so that they sum to 1 (1701.06538 eq. 3-5; Mixtral).
     """
     probs = logits.softmax(-1)                                          # (N, E)
     chosen, expert_ids = logits.topk(top_k, dim=-1)                     # (N, K)
@@ -50,7 +50,8 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         if self.float32: x = x.float()
-        with torch.autocast(x.device.type, enabled=not self.float32 and torch.is_autocast_enabled(x.device.type)):
+        with torch.autocast(x.device.type,
+                            enabled=not self.float32 and torch.is_autocast_enabled(x.device.type)):
             logits = self.score(x)                                      # (N, E)
             if self.noise is not None and self.training:
                 logits = logits + F.softplus(self.noise(x)) * torch.randn_like(logits)

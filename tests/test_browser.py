@@ -17,8 +17,10 @@ CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 
 CONNECTED = '''() => { const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel
-                       return kernel && kernel.connectionStatus === 'connected' && kernel.status === 'idle' && kernel.info }'''
-PICTURES = '.jp-OutputArea .widget-output img, .jp-OutputArea .widget-image, .jp-OutputArea .jp-RenderedImage img'
+                       return kernel && kernel.connectionStatus === 'connected'
+                           && kernel.status === 'idle' && kernel.info }'''
+PICTURES = ('.jp-OutputArea .widget-output img, .jp-OutputArea .widget-image, '
+            '.jp-OutputArea .jp-RenderedImage img')
 
 
 @pytest.fixture(scope='module')
@@ -34,12 +36,15 @@ def lab(tmp_path_factory):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    token, places = secrets.token_hex(16), {f'JUPYTER_{name}_DIR': str(folder/name.lower()) for name in ('CONFIG', 'RUNTIME')}
-    places |= {'JUPYTERLAB_SETTINGS_DIR': str(folder/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(folder/'workspaces'), 'OMP_NUM_THREADS': '1'}
+    token = secrets.token_hex(16)
+    places = {f'JUPYTER_{name}_DIR': str(folder/name.lower()) for name in ('CONFIG', 'RUNTIME')}
+    places |= {'JUPYTERLAB_SETTINGS_DIR': str(folder/'settings'),
+               'JUPYTERLAB_WORKSPACES_DIR': str(folder/'workspaces'), 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1',
+               f'--port={port}', f'--IdentityProvider.token={token}', '--ServerApp.port_retries=0',
+               '--LabApp.expose_app_in_browser=True', f'--ServerApp.root_dir={folder}']
     with open(folder/'lab.log', 'w') as log:
-        server = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
-                                   f'--IdentityProvider.token={token}', '--ServerApp.port_retries=0', '--LabApp.expose_app_in_browser=True',
-                                   f'--ServerApp.root_dir={folder}'], stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **places})
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **places})
     try:
         wait_until_up(f'http://127.0.0.1:{port}/api/status?token={token}')
         yield f'http://127.0.0.1:{port}/lab/tree/nbs/{{}}?token={token}', folder
@@ -59,20 +64,26 @@ def wait_until_up(url: str):
 def browser():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu'])
+        chromium = p.chromium.launch(executable_path=CHROMIUM,
+                                     args=['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu'])
         yield chromium
         chromium.close()
 
 
 def run_all(page, url: str):
-    "Open a notebook and run all of its cells; a Run All before the kernel is connected would be dropped without a word."
+    """Open a notebook and run all of its cells.
+
+    A Run All before the kernel is connected would be dropped without a word.
+    """
     page.goto(url)
     page.wait_for_selector('.jp-NotebookPanel .jp-Cell', timeout=60_000)
     page.wait_for_function(CONNECTED, timeout=60_000)
-    page.evaluate('async () => { await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.info }')
+    page.evaluate('async () => { '
+                  'await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.info }')
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-    page.wait_for_function('() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === "busy"', timeout=30_000)
+    page.wait_for_function('() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status'
+                           ' === "busy"', timeout=30_000)
     page.wait_for_function(ALL_RAN, timeout=300_000)
 
 
@@ -80,7 +91,8 @@ ALL_RAN = '''() => window.jupyterapp.shell.currentWidget.sessionContext.session.
     window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells
       .filter(c => c.cell_type === 'code' && c.source.trim()).every(c => c.execution_count)'''
 ERRORS = '''() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells
-    .filter(c => c.cell_type === 'code').flatMap(c => c.outputs.filter(o => o.output_type === 'error').map(o => c.id + ': ' + o.evalue))'''
+    .filter(c => c.cell_type === 'code')
+    .flatMap(c => c.outputs.filter(o => o.output_type === 'error').map(o => c.id + ': ' + o.evalue))'''
 
 
 @pytest.mark.parametrize('notebook', ['04_viz', '12_train'])
@@ -90,7 +102,8 @@ def test_run_all_and_move_a_slider(lab, browser, notebook):
     run_all(page, url.format(f'{notebook}.ipynb'))
     assert page.evaluate(ERRORS) == []
     handle = scroll_to_slider(page)
-    picture = lambda: hashlib.sha256(handle.locator('xpath=ancestor::*[contains(@class, "widget-vbox")][1]//img').first.get_attribute('src').encode()).hexdigest()
+    image = handle.locator('xpath=ancestor::*[contains(@class, "widget-vbox")][1]//img').first
+    picture = lambda: hashlib.sha256(image.get_attribute('src').encode()).hexdigest()
     before = picture()
     page.screenshot(path=folder/f'{notebook}-before.png')
     handle.focus()
@@ -109,7 +122,8 @@ def scroll_to_slider(page):
     count = page.evaluate('() => window.jupyterapp.shell.currentWidget.content.widgets.length')
     for i in range(count):
         page.evaluate(f'''async () => {{ const notebook = window.jupyterapp.shell.currentWidget.content
-                                         notebook.activeCellIndex = {i}; await notebook.scrollToItem({i}) }}''')
+                                         notebook.activeCellIndex = {i}
+                                         await notebook.scrollToItem({i}) }}''')
         handle = page.locator('.noUi-handle').first
         if handle.count():
             handle.scroll_into_view_if_needed()

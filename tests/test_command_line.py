@@ -23,31 +23,43 @@ BAD = {
     'unknown knob': (train, 'tiny --quux 3', 'there is no knob --quux'),
     'misspelt preset': (train, 'nanomoe', 'there is no preset nanomoe; did you mean nano_moe?'),
     'heads do not divide': (train, 'tiny --n_head 3', 'n_embd must be a multiple of n_head=3, got 32'),
-    'no capacity': (train, 'tiny --capacity_factor 0', 'capacity_factor must be a finite number above 0, or None, got 0.0'),
-    'infinite capacity': (train, 'tiny --capacity_factor inf', 'capacity_factor must be a finite number above 0'),
+    'no capacity': (train, 'tiny --capacity_factor 0',
+                    'capacity_factor must be a finite number above 0, or None, got 0.0'),
+    'infinite capacity': (train, 'tiny --capacity_factor inf',
+                          'capacity_factor must be a finite number above 0'),
     'interval of zero': (train, 'tiny --eval_interval 0', 'eval_interval must be at least 1, got 0'),
     'negative interval': (train, 'tiny --log_interval=-5', 'log_interval must be at least 1, got -5'),
-    'not a number': (train, 'tiny --learning_rate nan', 'learning_rate must be a finite number of at least 0, got nan'),
+    'not a number': (train, 'tiny --learning_rate nan',
+                     'learning_rate must be a finite number of at least 0, got nan'),
     'word for a number': (train, 'tiny --batch_size many', 'batch_size'),
     'unknown choice': (train, 'tiny --balance evenly', 'evenly'),
     'value missing': (train, 'tiny --seed', 'seed'),
     'one renormalised gate': (train, 'tiny --top_k 1 --gates chosen', "gates must be 'all' when top_k=1"),
-    'missing dataset': (train, 'tiny --dataset nowhere', 'there is no prepared dataset nowhere; make it with: python -m nanomoe.data nowhere'),
-    'small vocabulary': (train, 'tiny --vocab_size 100', 'vocab_size must be at least 257 for the dataset numbers, got 100'),
-    'long context': (train, 'tiny --block_size 10000000', 'must hold at least 2 * block_size=20000000 tokens'),
+    'missing dataset': (train, 'tiny --dataset nowhere',
+                        'there is no prepared dataset nowhere; make it with: python -m nanomoe.data nowhere'),
+    'small vocabulary': (train, 'tiny --vocab_size 100',
+                         'vocab_size must be at least 257 for the dataset numbers, got 100'),
+    'long context': (train, 'tiny --block_size 10000000',
+                     'must hold at least 2 * block_size=20000000 tokens'),
     'missing device': (train, 'tiny --device cuda:99', 'device cuda:99 does not exist'),
-    'nonsense device': (train, 'tiny --device toaster', 'device must be auto, cpu, cuda, cuda:N or mps, got toaster'),
-    'half precision on a CPU': (train, 'tiny --device cpu --dtype float16', 'dtype must be float32 or bfloat16 on a CPU'),
+    'nonsense device': (train, 'tiny --device toaster',
+                        'device must be auto, cpu, cuda, cuda:N or mps, got toaster'),
+    'half precision on a CPU': (train, 'tiny --device cpu --dtype float16',
+                                'dtype must be float32 or bfloat16 on a CPU'),
     'missing file': (train, 'nowhere.toml', 'nowhere.toml cannot be read: No such file or directory'),
     'missing weights': (train, 'tiny --init_from out/nowhere', 'out/nowhere holds no checkpoint'),
     'nothing to prepare': (data, '', 'name what to prepare'),
     'missing source': (data, 'nowhere.txt', 'nowhere.txt does not exist'),
-    'unknown tokenizer': (data, 'numbers --tokenizer gtp2 --out {tmp}/n', 'there is no tokenizer gtp2; did you mean gpt2?'),
-    'tiny vocabulary': (data, 'numbers --tokenizer bpe --vocab_size 9 --out {tmp}/n', 'vocab_size must be at least 257'),
-    'not Shakespeare': (data, 'shakespeare --from_file {tmp}/other.txt --out {tmp}/s', 'is not Tiny Shakespeare: its sha256 is'),
+    'unknown tokenizer': (data, 'numbers --tokenizer gtp2 --out {tmp}/n',
+                          'there is no tokenizer gtp2; did you mean gpt2?'),
+    'tiny vocabulary': (data, 'numbers --tokenizer bpe --vocab_size 9 --out {tmp}/n',
+                        'vocab_size must be at least 257'),
+    'not Shakespeare': (data, 'shakespeare --from_file {tmp}/other.txt --out {tmp}/s',
+                        'is not Tiny Shakespeare: its sha256 is'),
     'no run': (sample, 'out/nowhere', 'out/nowhere holds no checkpoint'),
     'old file prefix': (sample, 'out/x --start FILE:prompt.txt', 'use --start_file=prompt.txt'),
-    'cold below zero': (sample, 'out/x --temperature=-1', 'temperature must be a finite number of at least 0, got -1.0'),
+    'cold below zero': (sample, 'out/x --temperature=-1',
+                        'temperature must be a finite number of at least 0, got -1.0'),
     'nothing to draw': (viz, 'experts', 'say what to draw'),
     'no log': (viz, 'experts out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
 }
@@ -72,13 +84,16 @@ def test_every_broken_rule_is_named_at_once():
 
 
 def test_the_process_itself_exits_with_2():
-    run = subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', '--top_k', '9'], capture_output=True, text=True)
-    assert (run.returncode, run.stderr, run.stdout) == (2, 'top_k must be between 1 and n_experts=4, got 9\n', '')
+    run = subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', '--top_k', '9'],
+                         capture_output=True, text=True)
+    sentence = 'top_k must be between 1 and n_experts=4, got 9\n'
+    assert (run.returncode, run.stderr, run.stdout) == (2, sentence, '')
 
 
 def test_under_torchrun_the_sentence_comes_once():
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'nanomoe.train']
-    run = subprocess.run([*torchrun, 'tiny', '--gradient_accumulation_steps', '3', '--out_dir', '/nonexistent'], capture_output=True, text=True,
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    options = ['tiny', '--gradient_accumulation_steps', '3', '--out_dir', '/nonexistent']
+    run = subprocess.run([*torchrun, '-m', 'nanomoe.train', *options], capture_output=True, text=True,
                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     sentence = 'gradient_accumulation_steps must be a multiple of the 2 processes, such as 2 or 4, got 3'
     assert run.returncode == 1 and run.stderr.count(sentence) == 1
@@ -89,7 +104,8 @@ def test_nanogpts_spelling_of_flags():
     assert (run.compile, model.bias, model.capacity_factor, run.max_iters) == (False, True, None, 7)
 
 
-@pytest.mark.parametrize('suffix, text', [('toml', 'preset = "tiny"\nmax_iters = 7\nbias = true\n'), ('json', '{"preset": "tiny", "max_iters": 7, "bias": true}')])
+@pytest.mark.parametrize('suffix, text', [('toml', 'preset = "tiny"\nmax_iters = 7\nbias = true\n'),
+                                          ('json', '{"preset": "tiny", "max_iters": 7, "bias": true}')])
 def test_files_of_knobs(tmp_path, suffix, text):
     path = tmp_path/f'run.{suffix}'
     path.write_text(text)

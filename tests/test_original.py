@@ -1,4 +1,4 @@
-"""The preset `nano_moe`'s code path against numbers made by running the original (tests/fixtures; random weights)."""
+"""The preset `nano_moe`'s code path against numbers the original made (tests/fixtures; random weights)."""
 import json
 from pathlib import Path
 
@@ -26,10 +26,12 @@ class Original:
     def __getitem__(self, name): return torch.from_numpy(np.asarray(self.numbers[name]))
 
     def model(self) -> GPT:
-        return from_nanomoe({name[2:]: self[name] for name in self.numbers if name.startswith('w/')}, self.config)
+        weights = {name[2:]: self[name] for name in self.numbers if name.startswith('w/')}
+        return from_nanomoe(weights, self.config)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        ours = lambda name: name.removeprefix('g/transformer.').removeprefix('g/').replace('router.w_g', 'router.score')
+        ours = lambda name: (name.removeprefix('g/transformer.').removeprefix('g/')
+                             .replace('router.w_g', 'router.score'))
         return {ours(name): self[name] for name in self.numbers if name.startswith('g/')}
 
 
@@ -37,7 +39,8 @@ class Original:
 def original(request): return Original(request.param)
 
 
-def worst(a, b) -> float: return (torch.as_tensor(a).detach().double() - torch.as_tensor(b).double()).abs().max().item()
+def worst(a, b) -> float:
+    return (torch.as_tensor(a).detach().double() - torch.as_tensor(b).double()).abs().max().item()
 
 
 @pytest.mark.parametrize('keep_logits', [True, False])
@@ -47,8 +50,10 @@ def test_training_forward_and_every_gradient(original, keep_logits, record_prope
     out.losses.total.backward()
     found = dict(model.named_parameters())
     differences = {
-        'total': worst(out.losses.total, original['train/loss']), 'ce': worst(out.losses.ce, original['train/ce']),
-        'balance': worst(out.losses.balance, original['train/aux'].mean()), 'z': worst(out.losses.z, original['train/z'].mean()),
+        'total': worst(out.losses.total, original['train/loss']),
+        'ce': worst(out.losses.ce, original['train/ce']),
+        'balance': worst(out.losses.balance, original['train/aux'].mean()),
+        'z': worst(out.losses.z, original['train/z'].mean()),
         'gradients': max(worst(found[name].grad, grad) for name, grad in original.gradients().items())}
     if keep_logits: differences['logits'] = worst(out.logits, original['train/logits'])
     print({name: f'{d:.1e}' for name, d in differences.items()})
@@ -71,7 +76,8 @@ def test_evaluation_forward(original):
 
 def test_ten_optimiser_steps(original):
     model = original.model().train()
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1))
+    run = TrainConfig(learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
+    optimizer = make_optimizer(model, run)
     losses = []
     for _ in range(10):
         loss = model(original.x, original.y, keep_logits=False).losses.total
@@ -86,9 +92,10 @@ def test_ten_optimiser_steps(original):
 
 def test_preset_is_the_published_run():
     cfg, _ = PRESETS['nano_moe']
-    published = dict(block_size=1024, vocab_size=50304, n_layer=6, n_head=6, n_embd=384, dropout=0.0, bias=False, n_exp=8, top_k=2,
-                     use_aux_loss=True, aux_loss_weight=0.01, use_router_z_loss=True, router_z_loss_weight=0.001,
-                     use_noisy_top_k=False, train_capacity=1.25, eval_capacity=2.0, min_capacity=4, stride=2,
+    published = dict(block_size=1024, vocab_size=50304, n_layer=6, n_head=6, n_embd=384, dropout=0.0,
+                     bias=False, n_exp=8, top_k=2, use_aux_loss=True, aux_loss_weight=0.01,
+                     use_router_z_loss=True, router_z_loss_weight=0.001, use_noisy_top_k=False,
+                     train_capacity=1.25, eval_capacity=2.0, min_capacity=4, stride=2,
                      use_switch_tfm_init=True, switch_tfm_init_scale=1.0, router_use_full_prec=True)
     assert cfg == nanomoe_config(published)
     with torch.device('meta'):
@@ -104,7 +111,8 @@ def test_a_model_without_its_weights_differs(original):
 
 
 def test_renormalised_single_choice_builds_but_has_no_gradient():
-    cfg = ModelConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8, n_experts=4, top_k=1, gates='chosen', z_weight=0.0, balance='nano_moe')
+    cfg = ModelConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8, n_experts=4, top_k=1,
+                      gates='chosen', z_weight=0.0, balance='nano_moe')
     model = GPT(cfg)
     model(torch.arange(8)[None], torch.arange(8)[None]).losses.total.backward()
     assert model.h[0].mlp.router.score.weight.grad.abs().max() == 0

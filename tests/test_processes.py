@@ -25,7 +25,8 @@ def run(command: list[str], **kwargs) -> subprocess.CompletedProcess:
     return done
 
 
-def log(folder: Path) -> list[dict]: return [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
 
 
 def largest_difference(a: list[dict], b: list[dict], name: str = 'ce') -> float:
@@ -41,21 +42,24 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-def untimed(rows: list[dict]) -> list[dict]: return [{k: v for k, v in row.items() if k not in ('tok_per_s', 'mfu')} for row in rows]
+def untimed(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ('tok_per_s', 'mfu')} for row in rows]
 
 
 def test_the_log_says_what_the_design_names(alone):
     rows = log(alone)
     fields = 'step tokens ce balance z load drop_rate entropy grad_norm lr tok_per_s mfu skipped'.split()
-    assert [row['step'] for row in rows] == list(range(1, 61)) and all(set(fields) <= row.keys() for row in rows)
-    assert rows[0]['ce'] == pytest.approx(math.log(257), abs=0.05)                      # a fresh model knows nothing
+    assert [row['step'] for row in rows] == list(range(1, 61))
+    assert all(set(fields) <= row.keys() for row in rows)
+    assert rows[0]['ce'] == pytest.approx(math.log(257), abs=0.05)      # a fresh model knows nothing
     assert rows[-1]['ce'] < rows[0]['ce'] - 1.5
     assert rows[-1]['tokens'] == 60 * 2 * 8 * 32
-    assert all(sum(layer) == 2 * 8 * 32 * 2 for row in rows for layer in row['load'])  # N·K choices, none lost
+    assert all(sum(layer) == 2 * 8 * 32 * 2 for row in rows for layer in row['load'])   # N·K, none lost
     assert {'val_ce', 'val_bpb', 'val_ce_numbers', 'val_load_numbers'} <= rows[-1].keys()
     samples = [json.loads(line) for line in (alone/'samples.jsonl').read_text().splitlines()]
     assert {row['step'] for row in samples} == {30, 60}
-    assert all(len(s['pieces']) == len(s['ids']) == len(s['expert_ids'][0]) == len(s['gates'][0]) for s in samples)
+    assert all(len(s['pieces']) == len(s['ids']) == len(s['expert_ids'][0]) == len(s['gates'][0])
+               for s in samples)
 
 
 def test_two_processes_are_one(alone, tmp_path):
@@ -70,9 +74,11 @@ def test_two_nodes_are_one(alone, tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    node = torchrun('--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=tiny',
-                    '--local_addr=127.0.0.1', *TINY, f'--out_dir={tmp_path}')
-    agents = [subprocess.Popen(node, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    node = torchrun('--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
+                    f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=tiny', '--local_addr=127.0.0.1',
+                    *TINY, f'--out_dir={tmp_path}')
+    agents = [subprocess.Popen(node, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True) for _ in range(2)]
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert largest_difference(log(alone), log(tmp_path)) <= 1e-5
@@ -81,7 +87,8 @@ def test_two_nodes_are_one(alone, tmp_path):
 def wait_for_step(folder: Path, step: int):
     "Until a run has logged `step`."
     for _ in range(1200):
-        if (folder/'log.jsonl').exists() and len((folder/'log.jsonl').read_text().splitlines()) >= step: return
+        path = folder/'log.jsonl'
+        if path.exists() and len(path.read_text().splitlines()) >= step: return
         time.sleep(0.05)
     raise TimeoutError(f'{folder} did not reach step {step}')
 
@@ -105,7 +112,8 @@ def test_a_stopped_run_continues_bit_for_bit(alone, tmp_path, stop):
 
 def test_ctrl_c_under_torchrun(alone, tmp_path):
     command = torchrun('--standalone', '--nproc_per_node=2', *TINY, f'--out_dir={tmp_path}')
-    stopped = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    stopped = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
     wait_for_step(tmp_path, 7)
     os.killpg(stopped.pid, signal.SIGINT)                               # what a terminal does
     stopped.communicate(timeout=90)
@@ -115,25 +123,29 @@ def test_ctrl_c_under_torchrun(alone, tmp_path):
 
 
 def test_another_shape_or_other_data_do_not_continue_a_run(alone):
-    for change, sentence in (('--n_embd=16', 'holds a run with n_embd=32 (asked for 16)'), ('--top_k=1', 'top_k=2 (asked for 1)')):
-        done = subprocess.run([sys.executable, *TINY, f'--out_dir={alone}', change], env=ENVIRONMENT, capture_output=True, text=True)
+    for change, sentence in (('--n_embd=16', 'holds a run with n_embd=32 (asked for 16)'),
+                             ('--top_k=1', 'top_k=2 (asked for 1)')):
+        done = subprocess.run([sys.executable, *TINY, f'--out_dir={alone}', change],
+                              env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_finished_run_says_what_it_reached(alone):
     done = run([sys.executable, *TINY, f'--out_dir={alone}'])
-    assert 'on the whole held-out text' in done.stdout and 'gzip -9' in done.stdout and 'parameters' in done.stdout
+    for words in ('on the whole held-out text', 'gzip -9', 'parameters'): assert words in done.stdout
     assert len(log(alone)) == 60
 
 
 def test_wandb_offline(tmp_path):
     pytest.importorskip('wandb')
-    done = subprocess.run([sys.executable, *TINY, f'--out_dir={tmp_path}', '--max_iters=3', '--tracker=wandb'], capture_output=True, text=True,
-                          env={**ENVIRONMENT, 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}, timeout=120)
+    command = [sys.executable, *TINY, f'--out_dir={tmp_path}', '--max_iters=3', '--tracker=wandb']
+    done = subprocess.run(command, env={**ENVIRONMENT, 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'},
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))
 
 
 def test_weights_of_a_run_begin_another(alone, tmp_path):
-    run([sys.executable, *TINY, f'--init_from={alone}', f'--out_dir={tmp_path}', '--max_iters=1', '--warmup_iters=0'])
+    run([sys.executable, *TINY, f'--init_from={alone}', f'--out_dir={tmp_path}',
+         '--max_iters=1', '--warmup_iters=0'])
     assert log(tmp_path)[0]['ce'] < log(alone)[0]['ce'] - 1.5

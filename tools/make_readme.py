@@ -1,4 +1,4 @@
-"Make README.md and the pictures it takes from the page (assets/index-….png) from nbs/index.ipynb; a folder to write to may be named."
+"Make README.md and its pictures (assets/index-….png) from nbs/index.ipynb; another folder may be named."
 import base64
 import json
 import re
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def readme(notebook: dict) -> tuple[str, dict[str, bytes]]:
-    "The index as Markdown, code with its output, and the pictures among that output by path; links lead from the root."
+    "The index as Markdown, code with its output, and the pictures in it by path; links lead from the root."
     parts, pictures = ['<!-- made from nbs/index.ipynb by tools/make_readme.py: edit that notebook -->'], {}
     for cell in notebook['cells']:
         source = ''.join(cell['source'])
@@ -18,7 +18,8 @@ def readme(notebook: dict) -> tuple[str, dict[str, bytes]]:
         if cell['cell_type'] != 'code': continue
         if not re.match(r'#\s*\|\s*hide', source): parts.append(f'```python\n{source}\n```')
         for output in cell['outputs']:
-            if output['output_type'] == 'stream': parts.append('```\n' + ''.join(output['text']).rstrip() + '\n```')
+            if output['output_type'] == 'stream':
+                parts.append('```\n' + ''.join(output['text']).rstrip() + '\n```')
             if picture := output.get('data', {}).get('image/png'):
                 path = f'assets/index-{cell["id"]}.png'
                 pictures[path] = base64.b64decode(''.join(picture))

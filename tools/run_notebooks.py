@@ -1,7 +1,9 @@
-"""Run notebooks in a real kernel and store their outputs: `python tools/run_notebooks.py [--flags timing,slow] nbs/03_router.ipynb …`
+"""Run notebooks in a real kernel and store their outputs.
 
-Cells that settings.ini's tst_flags mark are left as they are unless their flag is named. Widget state is dropped and metadata
-cleaned, so that running twice on one machine gives the same bytes.
+    python tools/run_notebooks.py [--flags timing,slow] nbs/03_router.ipynb …
+
+Cells that settings.ini's tst_flags mark are left as they are unless their flag is named. Widget state is
+dropped and metadata cleaned, so that running twice on one machine gives the same bytes.
 """
 import argparse
 import re
@@ -43,7 +45,8 @@ def still(output: dict) -> dict | None:
 def run(path: Path, skipped: set[str]) -> float:
     "Execute one notebook in its folder, write it back, and return the seconds it took."
     notebook, start = nbformat.read(path, 4), time.perf_counter()
-    client = Client(notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}, record_timing=False)
+    client = Client(notebook, timeout=600, kernel_name='python3',
+                    resources={'metadata': {'path': str(path.parent)}}, record_timing=False)
     client.skipped = skipped
     client.execute()
     seconds = time.perf_counter() - start
@@ -56,7 +59,8 @@ def run(path: Path, skipped: set[str]) -> float:
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument('--flags', default='', help='flagged cells to run too, such as timing,slow')
     arguments.add_argument('notebooks', nargs='+', type=Path)
     given = arguments.parse_args()

@@ -1,4 +1,4 @@
-"""What `make test` runs: every notebook through nbdev_test, then tests/; the last line says `N passed, N failed`."""
+"""What `make test` runs: every notebook through nbdev_test, then tests/; last comes `N passed, N failed`."""
 import shutil
 import subprocess
 import sys
@@ -21,7 +21,8 @@ def check_notebook(path: Path) -> bool:
         passed, said = run.returncode == 0 and 'Success' in run.stdout, run.stdout
     except subprocess.TimeoutExpired as e:
         passed, said = False, f'{e}\n'
-    print(f'{"passed" if passed else "FAILED"}  {path.name}  {time.perf_counter() - start:.0f} s' + ('' if passed else f'\n{said}'), flush=True)
+    print(f'{"passed" if passed else "FAILED"}  {path.name}  {time.perf_counter() - start:.0f} s'
+          + ('' if passed else f'\n{said}'), flush=True)
     return passed
 
 
@@ -29,10 +30,12 @@ def check_tests() -> tuple[int, int]:
     "Run tests/ with pytest; returns how many passed and failed."
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
-        code = subprocess.run([BIN/'pytest', '-q', '-rs', '--durations=10', f'--junitxml={report}', 'tests'], cwd=ROOT).returncode
+        code = subprocess.run([BIN/'pytest', '-q', '-rs', '--durations=10', f'--junitxml={report}', 'tests'],
+                              cwd=ROOT).returncode
         if not report.exists(): return 0, 1
         suite = ElementTree.parse(report).getroot().find('testsuite')
-    total, bad, skipped = int(suite.get('tests')), int(suite.get('failures')) + int(suite.get('errors')), int(suite.get('skipped'))
+    total, skipped = int(suite.get('tests')), int(suite.get('skipped'))
+    bad = int(suite.get('failures')) + int(suite.get('errors'))
     return total - bad - skipped, max(bad, int(code != 0))
 
 
