@@ -16,11 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 
-CONNECTED = '''() => { const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel
-                       return kernel && kernel.connectionStatus === 'connected'
-                           && kernel.status === 'idle' && kernel.info }'''
-PICTURES = ('.jp-OutputArea .widget-output img, .jp-OutputArea .widget-image, '
-            '.jp-OutputArea .jp-RenderedImage img')
+NOTEBOOK = 'window.jupyterapp?.shell.currentWidget'
+KERNEL = f'{NOTEBOOK}?.sessionContext?.session?.kernel'
+CELLS = f'({NOTEBOOK}?.content?.model?.sharedModel?.cells ?? []).filter(c => c.cell_type === "code" && c.source.trim())'
+CONNECTED = f'''async () => {{ if ({KERNEL}?.connectionStatus !== 'connected' || {KERNEL}?.status !== 'idle') return false
+                               await {KERNEL}?.info
+                               return {KERNEL}?.status === 'idle' }}'''
+BUSY = f'() => {KERNEL}?.status === "busy"'
+ALL_RAN = f'() => {KERNEL}?.status === "idle" && {CELLS}.length && {CELLS}.every(c => c.execution_count)'
+ERRORS = f'() => {CELLS}.flatMap(c => c.outputs.filter(o => o.output_type === "error").map(o => `${{c.id}}: ${{o.evalue}}`))'
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +51,7 @@ def lab(tmp_path_factory):
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **places})
     try:
         wait_until_up(f'http://127.0.0.1:{port}/api/status?token={token}')
-        yield f'http://127.0.0.1:{port}/lab/tree/nbs/{{}}?token={token}', folder
+        yield f'http://127.0.0.1:{port}/lab/workspaces/{{0}}/tree/nbs/{{0}}.ipynb?token={token}', folder
     finally:
         server.terminate()
         server.wait(30)
@@ -78,28 +82,17 @@ def run_all(page, url: str):
     page.goto(url)
     page.wait_for_selector('.jp-NotebookPanel .jp-Cell', timeout=60_000)
     page.wait_for_function(CONNECTED, timeout=60_000)
-    page.evaluate('async () => { '
-                  'await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.info }')
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-    page.wait_for_function('() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status'
-                           ' === "busy"', timeout=30_000)
+    page.wait_for_function(BUSY, timeout=30_000)
     page.wait_for_function(ALL_RAN, timeout=300_000)
-
-
-ALL_RAN = '''() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle' &&
-    window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells
-      .filter(c => c.cell_type === 'code' && c.source.trim()).every(c => c.execution_count)'''
-ERRORS = '''() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells
-    .filter(c => c.cell_type === 'code')
-    .flatMap(c => c.outputs.filter(o => o.output_type === 'error').map(o => c.id + ': ' + o.evalue))'''
 
 
 @pytest.mark.parametrize('notebook', ['04_viz', '12_train'])
 def test_run_all_and_move_a_slider(lab, browser, notebook):
     url, folder = lab
     page = browser.new_page(viewport={'width': 1280, 'height': 1000})
-    run_all(page, url.format(f'{notebook}.ipynb'))
+    run_all(page, url.format(notebook))
     assert page.evaluate(ERRORS) == []
     handle = scroll_to_slider(page)
     image = handle.locator('xpath=ancestor::*[contains(@class, "widget-vbox")][1]//img').first
