@@ -186,7 +186,7 @@ _presets = {
                          log_interval=5, checkpoint_interval=30, dtype='float32')),
     'onboard': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=128, n_experts=8, moe_every=1,
                             expert_width=128, positions='rotary'),
-                TrainConfig(dataset='onboard', max_iters=600, batch_size=4, gradient_accumulation_steps=2,
+                TrainConfig(dataset='onboard', max_iters=500, batch_size=4, gradient_accumulation_steps=2,
                             optimizer='muon', learning_rate=1e-2, min_lr=0.0, warmup_iters=30,
                             eval_interval=100, eval_iters=16, log_interval=10, checkpoint_interval=100)),
     'nano_moe': (ModelConfig(**_original, n_experts=8, gates='chosen', capacity_factor=1.25,
