@@ -13,6 +13,7 @@ def readme(notebook: dict) -> tuple[str, dict[str, bytes]]:
     parts, pictures = ['<!-- made from nbs/index.ipynb by tools/make_readme.py: edit that notebook -->'], {}
     for cell in notebook['cells']:
         source = ''.join(cell['source'])
+        if cell['id'].startswith('page-'): continue                     # for the notebook alone: README shows no HTML
         if cell['cell_type'] == 'markdown':
             parts.append(re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', source.replace('](../', '](')))
         if cell['cell_type'] != 'code': continue
