@@ -43,7 +43,7 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
 def orthogonalised(m: Tensor, steps: int = 5) -> Tensor:
     """About U Vᵀ for each matrix m = U S Vᵀ of (…, rows, columns): the same directions, all singular values near 1.
 
-    Newton–Schulz with the quintic of Muon (Jordan et al. 2024; 2502.16982 §2.1), which leaves them between 0.7 and 1.2.
+    Newton–Schulz with the quintic of Muon (Jordan et al. 2024; 2502.16982 §2.1) leaves them between about 0.7 and 1.2.
     """
     x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if tall := m.size(-2) > m.size(-1): x = x.mT

@@ -44,7 +44,7 @@ def worst(a, b) -> float:
 
 
 @pytest.mark.parametrize('keep_logits', [True, False])
-def test_training_forward_and_every_gradient(original, keep_logits, record_property):
+def test_training_forward_and_every_gradient(original, keep_logits):
     model = original.model().train()
     out = model(original.x, original.y, keep_logits=keep_logits)
     out.losses.total.backward()
