@@ -11,7 +11,7 @@ train: .venv/installed
 	@echo '== exporting the notebooks to nanomoe/'
 	@$(BIN)/nbdev_export
 	@test -f data/onboard/manifest.json || { echo '== preparing the text of this machine: data/onboard'; $(BIN)/python -m nanomoe.data onboard; }
-	@P=$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(1 if n == 1 else 2)'); \
+	@P=$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(1 if n == 1 or torch.backends.mps.is_available() else 2)'); \
 	echo "== training on $$P processes; Ctrl-C keeps a checkpoint, make train continues it"; \
 	$(BIN)/torchrun --standalone --nproc_per_node=$$P -m nanomoe.train onboard
 	@echo '== what it writes'

@@ -48,7 +48,7 @@ def save(root: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], met
         if final.exists(): shutil.rmtree(final)
         os.replace(made, final); fsync(root)
     finally: shutil.rmtree(made, ignore_errors=True)
-    for old in steps(root)[:-keep]: shutil.rmtree(old)
+    for old in [path for path in steps(root) if path.name <= final.name][:-keep]: shutil.rmtree(old)
     return final
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]):

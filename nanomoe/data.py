@@ -364,19 +364,22 @@ def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenize
     else a BPE of 4096 entries.
     """
     sources = [source] if isinstance(source, str) else list(source)
-    name = sources[0] if sources[0] in NAMED else Path(sources[0]).resolve().stem
+    named = sources[0] if sources[0] in NAMED else None
+    name = named or Path(sources[0]).resolve().stem
     if len(sources) > 1 and any(s in NAMED for s in sources):
         raise BadInput(f'{", ".join(NAMED)} are prepared one at a time and alone, got {" ".join(sources)}; '
                        'a folder of that name is ./NAME')
-    if from_file and not name.startswith('shakespeare'):
+    if named is None and name in NAMED and out_dir is None:
+        raise BadInput(f'{sources[0]} would be written to data/{name}, which is {name} itself; name a folder with --out')
+    if from_file and named not in ('shakespeare', 'shakespeare_char'):
         raise BadInput(f'from_file belongs to shakespeare and shakespeare_char, got {name}')
     if vocab_size is not None and vocab_size < 257:
         raise BadInput(f'vocab_size must be at least 257 (256 bytes and the end), got {vocab_size}')
-    if name == 'onboard': documents = onboard_documents()
-    elif name == 'numbers': documents = numbers_documents(300_000)
-    elif name in ('shakespeare', 'shakespeare_char'): documents = [shakespeare(from_file)]
+    if named == 'onboard': documents = onboard_documents()
+    elif named == 'numbers': documents = numbers_documents(300_000)
+    elif named in ('shakespeare', 'shakespeare_char'): documents = [shakespeare(from_file)]
     else: documents = local_documents(sources)
-    kind = tokenizer or {'shakespeare_char': 'chars', 'numbers': 'bytes'}.get(name, 'bpe')
+    kind = tokenizer or {'shakespeare_char': 'chars', 'numbers': 'bytes'}.get(named, 'bpe')
     return write_dataset(documents, resolve(out_dir or f'data/{name}'), kind,
                          vocab_size or 4096, ' '.join(sources))
 

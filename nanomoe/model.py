@@ -149,22 +149,23 @@ class HeadLoss(torch.autograd.Function):
         for i in range(0, len(x), chunk):
             here, y = x[i:i + chunk], targets[i:i + chunk]
             logits = (here @ weight.T).float()                          # (chunk, V)
-            scale = (y >= 0).float().unsqueeze(1) / count               # 0 where there is no target
+            mask = (y >= 0).float().unsqueeze(1)                        # 0 where there is no target
             y = y.clamp(min=0).unsqueeze(1)
             log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += ((log_sum - logits.gather(1, y)) * scale).sum()
+            loss += ((log_sum - logits.gather(1, y)) * mask).sum()
             if not needs_grad: continue
             dlogits = (logits.sub_(log_sum).exp_().scatter_add_(1, y, torch.full_like(log_sum, -1.0))
-                       .mul_(scale).to(x.dtype))
+                       .mul_(mask).to(x.dtype))
             dx[i:i + chunk] = dlogits @ weight
             dw += dlogits.T @ here
-        ctx.save_for_backward(dx, dw)
-        return loss
+        ctx.save_for_backward(dx, dw, count)
+        return loss / count
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), (dw * grad).to(dx.dtype), None, None
+        dx, dw, count = ctx.saved_tensors
+        scale = grad / count                                            # in float32: float16 would lose it
+        return (dx.float() * scale).to(dx.dtype), (dw * scale).to(dx.dtype), None, None
 
 # %% ../nbs/08_model.ipynb #head-loss
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:

@@ -26,7 +26,10 @@ def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
     try: device = torch.device(name)
     except RuntimeError:
         raise BadInput(f'device must be auto, cpu, cuda, cuda:N or mps, got {name}') from None
-    if device.type == 'cuda' and device.index is None: device = torch.device('cuda', local_rank)
+    if device.type == 'cuda' and device.index is None:
+        here, n = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
+        if here > n: raise BadInput(f'{here} processes on one machine need as many GPUs, and this one has {n}')
+        device = torch.device('cuda', local_rank)
     has = {'cpu': 1, 'cuda': torch.cuda.device_count(),
            'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
     if (device.index or 0) >= has:

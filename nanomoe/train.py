@@ -147,7 +147,7 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
     layers, D = len(moe_layers(cfg)), len(data.domains)
     exact = torch.float32 if world.device.type == 'mps' else torch.float64      # Apple's GPUs have no float64
     sums = torch.zeros(D, 3, dtype=exact, device=world.device)          # nats, targets, bytes of each domain
-    load = torch.zeros(D, layers, cfg.n_experts, device=world.device)
+    load = torch.zeros(D, layers, cfg.n_experts, dtype=exact, device=world.device)
     for i in range(world.rank * batch_size, len(starts), world.size * batch_size):
         here = starts[i:i + batch_size]
         (x, y), domain = batch_at(data, here, cfg.block_size), target_domains(data, here, cfg.block_size)
@@ -158,7 +158,7 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
         seen = y >= 0
         sums.index_add_(0, domain, torch.stack([nats, seen, lengths[y.clamp(min=0)] * seen], 1).to(exact))
         for layer, r in enumerate(routings):
-            for k in range(r.expert_ids.size(1)): load[:, layer].index_put_((domain, r.expert_ids[:, k]), seen.float(), accumulate=True)
+            for k in range(r.expert_ids.size(1)): load[:, layer].index_put_((domain, r.expert_ids[:, k]), seen.to(exact), accumulate=True)
     model.train(was_training)
     return validation_figures(all_reduce(sums), all_reduce(load), list(data.domains))
 
@@ -167,7 +167,7 @@ def validation_figures(sums: Tensor, load: Tensor, domains: list[str]) -> dict:
     nats, targets, size = sums.sum(0).tolist()
     out = dict(val_ce=nats / targets, val_bpb=nats / math.log(2) / max(size, 1), val_tokens=int(targets), val_bytes=int(size))
     for name, (nats, targets, size), counts in zip(domains, sums.tolist(), load):
-        if targets: out |= {f'val_ce_{name}': nats / targets, f'val_bpb_{name}': nats / math.log(2) / max(size, 1), f'val_load_{name}': counts.int().tolist()}
+        if targets: out |= {f'val_ce_{name}': nats / targets, f'val_bpb_{name}': nats / math.log(2) / max(size, 1), f'val_load_{name}': counts.long().tolist()}
     return out
 
 # %% ../nbs/12_train.ipynb #peak-flops
@@ -220,7 +220,10 @@ class Trainer:
         self.data, self.val = open_data(cfg.dataset, model_cfg.block_size, world)
         self.model_cfg = fit_vocabulary(model_cfg, self.data)
         resumed = checkpoint.load_latest(self.out_dir)
-        if resumed: check_resume(resumed, self.model_cfg, self.data, self.out_dir)
+        if resumed: check_resume(resumed, self.model_cfg, cfg, self.data, self.out_dir)
+        elif checkpoint.steps(self.out_dir):
+            raise BadInput(f'{self.out_dir} holds checkpoints, but none can be read; '
+                           'remove them to start anew, or use another --out_dir')
         torch.manual_seed(cfg.seed)
         self.model = (GPT(self.model_cfg) if resumed else initial_weights(cfg.init_from, self.model_cfg)).to(world.device)
         self.optimizer = make_optimizer(self.model, cfg)
@@ -289,7 +292,7 @@ class Trainer:
         "Weights, optimiser and counters of a checkpoint."
         self.model.load_state_dict(found.tensors['model'])
         checkpoint.load_optimizer(self.optimizer, parameter_names(self.model, self.optimizer), found.tensors['optim'])
-        self.scaler.load_state_dict(found.meta['scaler'])
+        if found.meta['scaler'] and self.scaler.is_enabled(): self.scaler.load_state_dict(found.meta['scaler'])
         self.step, self.skipped = found.step, found.meta['skipped']
 
 # %% ../nbs/12_train.ipynb #trainer-helpers
@@ -311,10 +314,13 @@ def fingerprint(data: TokenFile) -> list[str]:
     "Digests of the training shards, by which a run knows its data again."
     return [s['sha256'] for s in data.manifest['splits']['train']['shards']]
 
-def check_resume(found: checkpoint.Checkpoint, cfg: ModelConfig, data: TokenFile, out_dir: Path):
-    "Raise `BadInput` when the run in `out_dir` has another model or other data than is asked for."
-    before = found.meta['config']
-    changed = [f'{name}={before.get(name)} (asked for {value})' for name, value in dataclasses.asdict(cfg).items() if before.get(name) != value]
+def check_resume(found: checkpoint.Checkpoint, model_cfg: ModelConfig, cfg: TrainConfig, data: TokenFile, out_dir: Path):
+    "Raise `BadInput` when the run in `out_dir` has another model, optimizer, step or data than is asked for."
+    before, per_step = found.meta['config'], lambda flat: flat['batch_size'] * flat['gradient_accumulation_steps']
+    asked = dataclasses.asdict(model_cfg) | {'optimizer': cfg.optimizer, 'seed': cfg.seed}
+    changed = [f'{name}={before.get(name)} (asked for {value})' for name, value in asked.items() if before.get(name) != value]
+    if per_step(before) != per_step(dataclasses.asdict(cfg)):
+        changed.append(f'batch_size * gradient_accumulation_steps = {per_step(before)} (asked for {per_step(dataclasses.asdict(cfg))})')
     if changed: raise BadInput(f'{out_dir} holds a run with {", ".join(changed)}; use the same settings to continue it, or another --out_dir')
     if found.meta['data'] != fingerprint(data): raise BadInput(f'{out_dir} holds a run on other data than {data.folder}; continue it on its own data, or use another --out_dir')
 
@@ -363,8 +369,8 @@ def routed_text(run: Trainer, length: int = 128) -> Iterator[dict]:
     "For the beginning of each domain's held-out text: its pieces, and where each layer sent them, as lines of samples.jsonl."
     tokenizer, n = load_tokenizer(run.val.folder), min(length, run.model_cfg.block_size)
     run.model.eval()
-    for domain, (start, _) in run.val.domains.items():
-        ids = run.val.read(start, min(start + n, len(run.val)))
+    for domain, (start, end) in run.val.domains.items():
+        ids = run.val.read(start, min(start + n, end))
         with run.autocast: routings = run.model.hidden(torch.from_numpy(ids)[None].to(run.world.device))[1]
         pieces = [tokenizer.decode_single_token_bytes(i).decode('utf-8', 'replace') for i in ids.tolist()]
         yield dict(step=run.step, domain=domain, text=tokenizer.decode(ids.tolist()), pieces=pieces, ids=ids.tolist(),
@@ -384,7 +390,7 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
     with StopRequest() as stop, process_group(train_cfg.device, train_cfg.backend) as world:
         if world.device.type == 'cpu': keep_freed_memory()
         run = Trainer(model_cfg, train_cfg, world)
-        begin_files(run)
+        if not train_cfg.eval_only: begin_files(run)                    # an evaluation leaves the folder as it is
         yield from records(run, stop)
 
 def records(run: Trainer, stop: StopRequest) -> Iterator[Record]:
@@ -431,9 +437,9 @@ def show(line: str, keep: bool):
     else: print(line, flush=True)
 
 # %% ../nbs/12_train.ipynb #summary
-def summary(out_dir: Path, data: TokenFile, model_cfg: ModelConfig) -> str:
-    "What the run in `out_dir` has reached, beside what general compressors make of the same bytes."
-    rows = [row for row in read_log(out_dir/'log.jsonl') if 'val_ce' in row]
+def summary(out_dir: Path, data: TokenFile, model_cfg: ModelConfig, newest: Record | None = None) -> str:
+    "What the run in `out_dir` has reached, by its newest record or its log, beside general compressors."
+    rows = [row for row in read_log(out_dir/'log.jsonl') + ([newest.row()] if newest else []) if 'val_ce' in row]
     entry, saved = data.manifest['splits']['val'], checkpoint.steps(out_dir)
     with torch.device('meta'): total, active = n_params(GPT(model_cfg))
     lines = []
@@ -444,7 +450,7 @@ def summary(out_dir: Path, data: TokenFile, model_cfg: ModelConfig) -> str:
         domains = [name for name in entry['domains'] if f'val_bpb_{name}' in r]
         if len(domains) > 1: lines += ['by domain   ' + ', '.join(f'{name} {r[f"val_bpb_{name}"]:.3f}' for name in domains)]
     if 'gzip_bytes' in entry:
-        lines += [f'compressors gzip -9 {8*entry["gzip_bytes"]/entry["bytes"]:.4f}, xz -9 {8*entry["xz_bytes"]/entry["bytes"]:.4f} bits per byte, on the same {entry["bytes"]:,} bytes']
+        lines += [f'compressors gzip -9 {8*entry["gzip_bytes"]/entry["bytes"]:.4f}, xz -9 {8*entry["xz_bytes"]/entry["bytes"]:.4f} bits per byte, on all {entry["bytes"]:,} held-out bytes']
     lines += [f'parameters  {total:,}, of which one token meets {active:,}']
     if saved: lines += [f'checkpoint  {os.path.relpath(saved[-1])}']
     return '\n'.join(lines)
@@ -466,14 +472,14 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
             first, tracker = r.step, make_tracker(model_cfg, cfg)
             data = TokenFile(cfg.dataset, 'train')
             bits, started = len(data) / data.n_bytes / math.log(2), time.perf_counter()
-        show(live_line(r, cfg, bits, started, first), keep=bool(r.val))
+        if not cfg.eval_only: show(live_line(r, cfg, bits, started, first), keep=bool(r.val))
         if tracker: tracker.log(r.row(), step=r.step)
     if tracker: tracker.finish()
     stopped = r is not None and r.step < cfg.max_iters and not cfg.eval_only
     if os.environ.get('RANK', '0') == '0':
         if stopped: print(f'\nstopped after step {r.step}; the same command continues from there')
         data = TokenFile(cfg.dataset, 'val')
-        print('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data)), flush=True)
+        print('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data), r), flush=True)
     return not stopped
 
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
