@@ -81,10 +81,14 @@ def run_all(page, url: str):
     """
     page.goto(url)
     page.wait_for_selector('.jp-NotebookPanel .jp-Cell', timeout=60_000)
-    page.wait_for_function(CONNECTED, timeout=60_000)
-    page.get_by_role('menuitem', name='Run', exact=True).click()
-    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-    page.wait_for_function(BUSY, timeout=30_000)
+    for attempt in range(3):
+        page.wait_for_function(CONNECTED, timeout=60_000)
+        page.get_by_role('menuitem', name='Run', exact=True).click()
+        page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+        try: page.wait_for_function(BUSY, timeout=15_000)
+        except Exception:                                               # JupyterLab dropped it: ask again
+            if attempt == 2: raise
+        else: break
     page.wait_for_function(ALL_RAN, timeout=300_000)
 
 
