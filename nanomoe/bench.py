@@ -165,8 +165,10 @@ def main(argv: list[str] | None = None):
     "`python -m nanomoe.bench {layer,scale} [--dtype bfloat16] …`"
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
-        if not argv or argv[0] not in ('layer', 'scale'): raise BadInput('say what to time: layer or scale')
-        b = from_command_line(Bench, Bench(), argv[1:], f'python -m nanomoe.bench {argv[0]}')
+        asks = argv[:1] in (['-h'], ['--help'])
+        if not asks and (not argv or argv[0] not in ('layer', 'scale')):
+            raise BadInput('say what to time: layer or scale')
+        b = from_command_line(Bench, Bench(), argv if asks else argv[1:], 'python -m nanomoe.bench {layer,scale}')
         check_bench(b)
         prepare_process(b)
         rows = {'layer': layer, 'scale': scale}[argv[0]](b)

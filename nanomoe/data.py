@@ -64,7 +64,7 @@ def local_documents(sources: Iterable[str | Path]) -> Iterator[Document]:
     "Every .txt, .md, .py and .jsonl under the given files and folders; each argument's name is a domain."
     for source in map(Path, sources):
         if not source.exists(): raise BadInput(f'{source} does not exist')
-        files = (sorted(p for p in source.rglob('*') if p.suffix in TEXT_SUFFIXES)
+        files = (sorted(p for p in source.rglob('*') if p.suffix in TEXT_SUFFIXES and p.is_file())
                  if source.is_dir() else [source])
         if not files: raise BadInput(f'{source} holds no {", ".join(TEXT_SUFFIXES)} file')
         for path in files:
@@ -354,14 +354,14 @@ def shakespeare(from_file: str | None = None) -> Document:
     return Document(raw.decode(), 'shakespeare', 'shakespeare')
 
 # %% ../nbs/01_data.ipynb #prepare-source
-NAMED = ('onboard', 'numbers', 'shakespeare', 'shakespeare_char')
+NAMED = {'onboard': 'bpe', 'numbers': 'bytes', 'shakespeare': 'bpe', 'shakespeare_char': 'chars',
+         'shakespeare_gpt2': 'gpt2'}                                    # the tokenizer each has unless told
 
 def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenizer: str | None = None,
             vocab_size: int | None = None, from_file: str | None = None) -> dict:
     """Make a dataset folder from a named source or from local files and folders; returns its manifest.
 
-    `out_dir` defaults to `data/NAME`; `tokenizer` to characters for `shakespeare_char`, bytes for `numbers`,
-    else a BPE of 4096 entries.
+    `out_dir` defaults to `data/NAME`, `tokenizer` to what `NAMED` says, or a BPE of 4096 entries.
     """
     sources = [source] if isinstance(source, str) else list(source)
     named = sources[0] if sources[0] in NAMED else None
@@ -370,16 +370,19 @@ def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenize
         raise BadInput(f'{", ".join(NAMED)} are prepared one at a time and alone, got {" ".join(sources)}; '
                        'a folder of that name is ./NAME')
     if named is None and name in NAMED and out_dir is None:
-        raise BadInput(f'{sources[0]} would be written to data/{name}, which is {name} itself; name a folder with --out')
-    if from_file and named not in ('shakespeare', 'shakespeare_char'):
-        raise BadInput(f'from_file belongs to shakespeare and shakespeare_char, got {name}')
+        raise BadInput(f'{sources[0]} would be written to data/{name}, which is {name} itself; '
+                       'name a folder with --out')
+    of_shakespeare = name.startswith('shakespeare') and named is not None
+    if from_file and not of_shakespeare: raise BadInput(f'from_file belongs to Tiny Shakespeare, got {name}')
+    kind = tokenizer or NAMED.get(named, 'bpe')
+    if vocab_size is not None and kind != 'bpe':
+        raise BadInput(f'vocab_size belongs to a bpe; the tokenizer {kind} has a size of its own, got {vocab_size}')
     if vocab_size is not None and vocab_size < 257:
         raise BadInput(f'vocab_size must be at least 257 (256 bytes and the end), got {vocab_size}')
     if named == 'onboard': documents = onboard_documents()
     elif named == 'numbers': documents = numbers_documents(300_000)
-    elif named in ('shakespeare', 'shakespeare_char'): documents = [shakespeare(from_file)]
+    elif of_shakespeare: documents = [shakespeare(from_file)]
     else: documents = local_documents(sources)
-    kind = tokenizer or {'shakespeare_char': 'chars', 'numbers': 'bytes'}.get(named, 'bpe')
     return write_dataset(documents, resolve(out_dir or f'data/{name}'), kind,
                          vocab_size or 4096, ' '.join(sources))
 
@@ -414,7 +417,8 @@ def dataset_folder(name: str | Path) -> Path:
     "A prepared folder by its path or its name under data/; raises `BadInput` with the command that makes it."
     for folder in (resolve(name), resolve(Path('data')/name)):
         if (folder/'manifest.json').exists(): return folder
-    raise BadInput(f'there is no prepared dataset {name}; make it with: python -m nanomoe.data {name}')
+    source = name if str(name) in NAMED or Path(name).exists() else f'FILE_OR_FOLDER --out data/{name}'
+    raise BadInput(f'there is no prepared dataset {name}; make it with: python -m nanomoe.data {source}')
 
 def read_manifest(folder: Path) -> dict:
     "The folder's manifest.json, checked for what the reader needs."

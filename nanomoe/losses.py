@@ -27,7 +27,7 @@ def balance_loss(r: Routing) -> Tensor:
     return E * (r.probs.mean(0) * share).sum()
 
 def nano_moe_balance_loss(r: Routing) -> Tensor:
-    "The original's: K times larger, and P_e is the mean of the gates renormalised over the chosen K, not of the probabilities."
+    "The original's: K times larger, and P_e is the mean of gates over the chosen K, not of the probabilities."
     N, E = r.probs.shape
     chosen = r.logits.gather(-1, r.expert_ids).softmax(-1)              # (N, K)
     weight = torch.zeros_like(r.probs).scatter(-1, r.expert_ids, chosen).mean(0)     # (E,)

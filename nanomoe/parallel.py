@@ -64,7 +64,12 @@ class World(NamedTuple):
 # %% ../nbs/11_parallel.ipynb #start
 @contextmanager
 def process_group(device: str = 'auto', backend: str = 'auto'):
-    "The `World` of torchrun's environment, or a world of one; its process group ends with the block."
+    """The `World` of torchrun's environment, or a world of one; its process group ends with the block.
+
+    Raises `BadInput` for a device or a backend that is not there.
+    """
+    if backend != 'auto' and not dist.is_backend_available(backend):
+        raise BadInput(f'backend must be auto, or one that this torch has, such as gloo, got {backend}')
     launched = 'RANK' in os.environ
     found = find_device(device, int(os.environ.get('LOCAL_RANK', 0)))
     if not launched:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names', 'Record', 'routing_stats', 'evaluate',
-           'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Trainer', 'open_data',
-           'fit_vocabulary', 'fingerprint', 'check_resume', 'make_record', 'due', 'begin_files', 'read_log', 'append',
-           'routed_text', 'train', 'records', 'log', 'evaluation_only', 'live_line', 'show', 'summary', 'main', 'watch',
-           'make_tracker', 'leave']
+           'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Trainer', 'micro_batch', 'update',
+           'count_skip', 'validate', 'open_data', 'fit_vocabulary', 'fingerprint', 'save', 'find_resume',
+           'check_resume', 'restore', 'make_record', 'evaluation', 'due', 'begin_files', 'cut_log', 'read_log',
+           'append', 'routed_text', 'train', 'records', 'any_process', 'evaluated', 'log', 'live_line', 'show',
+           'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave']
 
 # %% ../nbs/12_train.ipynb #imports
-import ctypes, dataclasses, gc, json, math, os, platform, shutil, signal, sys, threading, time
+import ctypes, dataclasses, gc, importlib.util, json, math, os, platform, shutil, signal, sys, threading, time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from . import checkpoint
 from .config import BadInput, ModelConfig, TrainConfig, check, one_sentence, parse, resolve, to_dict
-from .data import (TokenFile, all_windows, batch_at, load_tokenizer, mixed, prepare, some_windows, target_domains,
-                          token_bytes, training_batch, n_windows)
+from .data import (TokenFile, all_windows, batch_at, load_tokenizer, mixed, n_windows, prepare, some_windows,
+                          target_domains, token_bytes, training_batch)
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
 from .parallel import World, all_reduce, find_dtype, my_micro_batches, process_group, quietly, share_gradients
 from .pretrained import initial_weights
@@ -32,7 +33,7 @@ from .router import Routing, expert_counts
 
 # %% ../nbs/12_train.ipynb #lr-at
 def lr_at(step: int, cfg: TrainConfig) -> float:
-    "Learning rate of the update after `step` updates: linear warmup, then half a cosine down to `min_lr` (as nanoGPT)."
+    "Learning rate of the update after `step` updates, as nanoGPT: linear warmup, then a cosine down to `min_lr`."
     if step < cfg.warmup_iters: return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
     if not cfg.decay_lr: return cfg.learning_rate
     decay = max((cfg.lr_decay_iters or cfg.max_iters) - cfg.warmup_iters, 1)
@@ -54,10 +55,10 @@ def orthogonalised(m: Tensor, steps: int = 5) -> Tensor:
 
 # %% ../nbs/12_train.ipynb #muon
 class Muon(torch.optim.AdamW):
-    """AdamW for groups without `matrix`; in the others each matrix, one per expert, moves along its orthogonalised momentum.
+    """AdamW, but in groups marked `matrix` each matrix, one per expert, moves along its orthogonalised momentum.
 
-    Scaled to the usual size of AdamW's step, so that one learning rate serves both (2502.16982 eq. 4). Every process
-    orthogonalises its share of the matrices, and all add up what they made.
+    Scaled to the usual size of AdamW's step, so that one learning rate serves both (2502.16982 eq. 4). Every
+    process orthogonalises its share of the matrices, and all add up what they made.
     """
     @torch.no_grad()
     def step(self, closure=None):
@@ -71,7 +72,7 @@ class Muon(torch.optim.AdamW):
             p.mul_(1 - group['lr'] * group['weight_decay']).add_(d.view_as(p), alpha=-group['lr'] * size)
 
     def direction(self, p: Tensor, grad: Tensor, number: int) -> Tensor:
-        "This process's share of one parameter's step, zero elsewhere: every size-th expert, or every size-th plain matrix."
+        "This process's share of one parameter's step, zero elsewhere: every size-th expert or plain matrix."
         state = self.state[p]
         if not state: state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p))
         state['step'] += 1
@@ -90,10 +91,11 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.AdamW:
     """
     params = dict(model.named_parameters())
     decayed = {name for name, p in params.items() if p.dim() >= 2 and not name.endswith('bias')}
-    matrices = {name for name in decayed if cfg.optimizer == 'muon' and name.startswith('h.') and '.router.' not in name}
+    matrices = {name for name in decayed if name.startswith('h.') and '.router.' not in name}
+    if cfg.optimizer != 'muon': matrices = set()
     kinds = ((matrices, cfg.weight_decay), (decayed - matrices, cfg.weight_decay), (params.keys() - decayed, 0.0))
-    groups = [{'params': [p for name, p in params.items() if name in kind], 'weight_decay': decay, 'matrix': kind is matrices}
-              for kind, decay in kinds if kind]
+    groups = [{'params': [p for name, p in params.items() if name in kind], 'weight_decay': decay,
+               'matrix': kind is matrices} for kind, decay in kinds if kind]
     cls, fused = (Muon, False) if cfg.optimizer == 'muon' else (torch.optim.AdamW, True)
     return cls(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
 
@@ -104,40 +106,42 @@ def parameter_names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
 
 # %% ../nbs/12_train.ipynb #record
 class Record(NamedTuple):
-    "What one log line says; training figures are of the update that led to `step`"
-    step: int                   # updates done
-    tokens: int                 # targets trained on so far
-    ce: float                   # nats per token, mean over the step's micro-batches
-    balance: float              # mean over layers
-    z: float                    # mean over layers
-    load: list[list[int]]       # (L, E) choices each expert got in the step
-    drop_rate: float            # share of choices dropped, 0-1
-    entropy: float              # of the router's probabilities, nats, mean over tokens and layers
-    grad_norm: float            # before clipping
+    "What one log line says; training figures are of the update that led to `step`, None where there was none"
+    step: int                       # updates done
+    tokens: int                     # targets trained on so far
+    ce: float | None                # nats per token, mean over the step's micro-batches
+    balance: float | None           # mean over layers
+    z: float | None                 # mean over layers
+    load: list[list[int]] | None    # (L, E) choices each expert got in the step
+    drop_rate: float | None         # share of choices dropped, 0-1
+    entropy: float | None           # of the router's probabilities, nats, mean over tokens and layers
+    grad_norm: float | None         # before clipping
     lr: float
-    tok_per_s: float            # over all processes, since the last record
-    mfu: float                  # share of the device's peak, 0-1
-    skipped: int                # updates skipped so far because something was not finite
-    val: dict                   # val_ce, val_bpb, … where evaluated, else empty
+    tok_per_s: float | None         # over all processes, since the last record
+    mfu: float | None               # share of the device's peak, 0-1
+    skipped: int                    # updates skipped so far because something was not finite
+    val: dict                       # val_ce, val_bpb, … where evaluated, else empty
 
     def row(self) -> dict:
-        "As one flat line of log.jsonl."
+        "As one flat line of log.jsonl, without what is None."
         flat = self._asdict()
-        return flat | flat.pop('val')
+        return {key: value for key, value in (flat | flat.pop('val')).items() if value is not None}
 
 # %% ../nbs/12_train.ipynb #routing-stats
 def routing_stats(routings: tuple[Routing, ...], n_experts: int) -> Tensor:
-    "Per MoE layer: choices of each expert, choices dropped, sum over tokens of the router's entropy; (L, E+2) float32."
+    "Per MoE layer: choices of each expert, choices dropped, summed entropy of the router; (L, E+2) float32."
     rows = []
     for r in routings:
         dropped = r.probs.new_zeros(()) if r.kept is None else (~r.kept).sum().float()
-        rows.append(torch.cat([expert_counts(r, n_experts), dropped[None], torch.special.entr(r.probs.detach()).sum()[None]]))
+        entropy = torch.special.entr(r.probs.detach()).sum()
+        rows.append(torch.cat([expert_counts(r, n_experts), dropped[None], entropy[None]]))
     return torch.stack(rows) if rows else torch.zeros(0, n_experts + 2)
 
 # %% ../nbs/12_train.ipynb #evaluate
 @torch.no_grad()
-def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, autocast, world: World = World()) -> dict:
-    """Mean cross-entropy in nats and bits per byte on the windows that begin at `starts`, also per domain, with the load.
+def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, autocast,
+             world: World = World()) -> dict:
+    """Mean cross-entropy in nats and bits per byte on the windows at `starts`, also per domain, with the load.
 
     Every process takes its share of the batches, through the bare model, and all return the same numbers.
     """
@@ -158,23 +162,29 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
         seen = y >= 0
         sums.index_add_(0, domain, torch.stack([nats, seen, lengths[y.clamp(min=0)] * seen], 1).to(exact))
         for layer, r in enumerate(routings):
-            for k in range(r.expert_ids.size(1)): load[:, layer].index_put_((domain, r.expert_ids[:, k]), seen.to(exact), accumulate=True)
+            for choice in r.expert_ids.T:
+                load[:, layer].index_put_((domain, choice), seen.to(exact), accumulate=True)
     model.train(was_training)
     return validation_figures(all_reduce(sums), all_reduce(load), list(data.domains))
 
 def validation_figures(sums: Tensor, load: Tensor, domains: list[str]) -> dict:
     "The flat entries of a log line, from nats, targets and bytes (D, 3) and the load (D, L, E)."
+    def bits_per_byte(nats, size): return nats / math.log(2) / max(size, 1)
     nats, targets, size = sums.sum(0).tolist()
-    out = dict(val_ce=nats / targets, val_bpb=nats / math.log(2) / max(size, 1), val_tokens=int(targets), val_bytes=int(size))
+    out = dict(val_ce=nats / targets, val_bpb=bits_per_byte(nats, size),
+               val_tokens=int(targets), val_bytes=int(size))
     for name, (nats, targets, size), counts in zip(domains, sums.tolist(), load):
-        if targets: out |= {f'val_ce_{name}': nats / targets, f'val_bpb_{name}': nats / math.log(2) / max(size, 1), f'val_load_{name}': counts.long().tolist()}
+        if targets:
+            out |= {f'val_ce_{name}': nats / targets, f'val_bpb_{name}': bits_per_byte(nats, size),
+                    f'val_load_{name}': counts.long().tolist()}
     return out
 
 # %% ../nbs/12_train.ipynb #peak-flops
-_peaks = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'L40S': 362e12, 'RTX 3090': 71e12, 'RTX 4090': 165e12}
+_peaks = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'L40S': 362e12,
+          'RTX 3090': 71e12, 'RTX 4090': 165e12}
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    "FLOP/s of dense matrix products: the maker's figure for a known GPU in 16 bits, else the best of a few large products, timed."
+    "FLOP/s of dense products: the maker's figure for a known GPU in 16 bits, else the best of a few, timed."
     if device.type == 'cuda' and dtype != torch.float32:
         for name, peak in _peaks.items():
             if name in torch.cuda.get_device_name(device): return peak
@@ -212,24 +222,21 @@ class StopRequest:
 
 # %% ../nbs/12_train.ipynb #trainer
 class Trainer:
-    "Everything one run owns. Raises `BadInput` before it allocates anything large if the settings and the machine do not fit."
+    "Everything one run owns. Raises `BadInput` if its settings, its folder and the machine do not fit together."
     def __init__(self, model_cfg: ModelConfig, cfg: TrainConfig, world: World):
         self.cfg, self.world, self.out_dir = cfg, world, resolve(cfg.out_dir)
         self.dtype = find_dtype(cfg.dtype, world.device)
         self.micro_batches = my_micro_batches(cfg.gradient_accumulation_steps, world)
         self.data, self.val = open_data(cfg.dataset, model_cfg.block_size, world)
         self.model_cfg = fit_vocabulary(model_cfg, self.data)
-        resumed = checkpoint.load_latest(self.out_dir)
-        if resumed: check_resume(resumed, self.model_cfg, cfg, self.data, self.out_dir)
-        elif checkpoint.steps(self.out_dir):
-            raise BadInput(f'{self.out_dir} holds checkpoints, but none can be read; '
-                           'remove them to start anew, or use another --out_dir')
+        resumed = find_resume(self)
         torch.manual_seed(cfg.seed)
-        self.model = (GPT(self.model_cfg) if resumed else initial_weights(cfg.init_from, self.model_cfg)).to(world.device)
+        self.model = (GPT(self.model_cfg) if resumed else
+                      initial_weights(cfg.init_from, self.model_cfg, self.data.folder)).to(world.device)
         self.optimizer = make_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.step = self.skipped = self.skipped_in_a_row = 0
-        if resumed: self.restore(resumed)
+        if resumed: restore(self, resumed)
         if cfg.compile or (cfg.compile is None and world.device.type == 'cuda'): self.model.compile()
         self.shared = share_gradients(self.model, world)
         self.autocast = torch.autocast(world.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -239,90 +246,128 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.cfg.gradient_accumulation_steps * self.cfg.batch_size * self.model_cfg.block_size
 
-    def micro_batch(self, number: int, last: bool) -> Tensor:
-        "Forward and backward of the run's micro-batch `number`; returns its ce, balance, z and routing statistics, flat."
-        cfg, device = self.cfg, self.world.device
-        torch.manual_seed(int(mixed(np.array([number], np.uint64), cfg.seed)[0] >> np.uint64(1)))       # dropout, noise
-        x, y = training_batch(self.data, number * cfg.batch_size, cfg.batch_size, self.model_cfg.block_size, cfg.seed)
-        with quietly(self.shared, last):
-            with self.autocast: out = self.shared(x.to(device), y.to(device), keep_logits=False)
-            self.scaler.scale(out.losses.total / len(self.micro_batches)).backward()
-        parts = torch.stack(out.losses[1:]).detach()
-        return torch.cat([parts, routing_stats(out.routings, self.model_cfg.n_experts).flatten().to(device)])
+# %% ../nbs/12_train.ipynb #micro-batch
+def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
+    "Forward and backward of the run's micro-batch `number`: its ce, balance, z and routing statistics, flat."
+    cfg, T, device = run.cfg, run.model_cfg.block_size, run.world.device
+    dice = int(mixed(np.array([number], np.uint64), cfg.seed)[0] >> np.uint64(1))
+    torch.manual_seed(dice)                                             # of dropout and noise
+    x, y = training_batch(run.data, number * cfg.batch_size, cfg.batch_size, T, cfg.seed)
+    with quietly(run.shared, last):
+        with run.autocast: out = run.shared(x.to(device), y.to(device), keep_logits=False)
+        run.scaler.scale(out.losses.total / len(run.micro_batches)).backward()
+    routing = routing_stats(out.routings, run.model_cfg.n_experts).flatten().to(device)
+    return torch.cat([torch.stack(out.losses[1:]).detach(), routing])
 
-    def update(self) -> tuple[Tensor, float]:
-        "One optimiser step over all processes, skipped by all if anything is not finite; its statistics and gradient norm."
-        cfg, first = self.cfg, self.step * self.cfg.gradient_accumulation_steps
-        for group in self.optimizer.param_groups: group['lr'] = lr_at(self.step, cfg)
-        stats = torch.stack([self.micro_batch(first + i, i == self.micro_batches[-1]) for i in self.micro_batches]).sum(0)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        stats = all_reduce(torch.cat([stats, (~torch.isfinite(norm + stats[0])).float()[None]]))
-        if self.scaler.is_enabled() or stats[-1] == 0: self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.count_skip(bool(stats[-1] > 0))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return stats[:-1], norm.item()
+# %% ../nbs/12_train.ipynb #update
+def update(run: Trainer) -> tuple[Tensor, float]:
+    """One optimiser step over all processes, skipped by all if anything is not finite.
 
-    def count_skip(self, skipped: bool):
-        "Note whether an update was skipped; raises `RuntimeError` at the third in a row, unless float16 is finding its scale."
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and not self.scaler.is_enabled() else 0
-        if self.skipped_in_a_row == 3:
-            raise RuntimeError(f'the loss or its gradient was not finite in three updates in a row, up to step {self.step + 1}; '
-                               f'the last good checkpoint stays in {self.out_dir}')
+    Returns the step's statistics, summed over micro-batches, and the gradient norm before clipping.
+    """
+    cfg, first = run.cfg, run.step * run.cfg.gradient_accumulation_steps
+    for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, cfg)
+    parts = [micro_batch(run, first + i, last=i == run.micro_batches[-1]) for i in run.micro_batches]
+    stats = torch.stack(parts).sum(0)
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+    stats = all_reduce(torch.cat([stats, (~torch.isfinite(norm + stats[0])).float()[None]]))
+    if run.scaler.is_enabled() or stats[-1] == 0: run.scaler.step(run.optimizer)
+    run.scaler.update()
+    count_skip(run, bool(stats[-1] > 0))
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return stats[:-1], norm.item()
 
-    def evaluate(self, everything: bool) -> dict:
-        "Validation figures on the whole held-out text, or on the fixed choice of `eval_iters` micro-batches."
-        T, B = self.model_cfg.block_size, self.cfg.batch_size
-        starts = all_windows(self.val, T) if everything else some_windows(self.val, T, self.cfg.eval_iters * B)
-        return evaluate(self.model, self.val, starts, B, self.autocast, self.world)
+def count_skip(run: Trainer, skipped: bool):
+    """Note whether an update was skipped; raises `RuntimeError` when too many in a row are.
 
-    def save(self):
-        "Write a checkpoint of this step from the first process."
-        if not self.world.first: return
-        names = parameter_names(self.model, self.optimizer)
-        tensors = {'model': self.model.state_dict(), 'optim': checkpoint.optimizer_tensors(self.optimizer, names)}
-        meta = {'config': to_dict(self.model_cfg, self.cfg), 'data': fingerprint(self.data), 'skipped': self.skipped,
-                'scaler': self.scaler.state_dict()}
-        checkpoint.save(self.out_dir, self.step, tensors, meta, self.cfg.keep_checkpoints)
+    Three are too many; 40 where float16 looks for its scale, which it halves each time.
+    """
+    run.skipped += skipped
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
+    if run.skipped_in_a_row == (limit := 40 if run.scaler.is_enabled() else 3):
+        raise RuntimeError(f'the loss or its gradient was not finite in {limit} updates in a row, up to step '
+                           f'{run.step + 1}; the last good checkpoint stays in {run.out_dir}')
 
-    def restore(self, found: checkpoint.Checkpoint):
-        "Weights, optimiser and counters of a checkpoint."
-        self.model.load_state_dict(found.tensors['model'])
-        checkpoint.load_optimizer(self.optimizer, parameter_names(self.model, self.optimizer), found.tensors['optim'])
-        if found.meta['scaler'] and self.scaler.is_enabled(): self.scaler.load_state_dict(found.meta['scaler'])
-        self.step, self.skipped = found.step, found.meta['skipped']
+def validate(run: Trainer, everything: bool) -> dict:
+    "Validation figures on the whole held-out text, or on the fixed choice of `eval_iters` micro-batches."
+    T, B = run.model_cfg.block_size, run.cfg.batch_size
+    starts = all_windows(run.val, T) if everything else some_windows(run.val, T, run.cfg.eval_iters * B)
+    return evaluate(run.model, run.val, starts, B, run.autocast, run.world)
 
 # %% ../nbs/12_train.ipynb #trainer-helpers
 def open_data(dataset: str, block_size: int, world: World) -> tuple[TokenFile, TokenFile]:
     "The training and validation split; the preset `tiny` has its arithmetic written on first use."
-    if dataset == 'numbers' and world.first and not (resolve('data/numbers')/'manifest.json').exists(): prepare('numbers')
-    if world.size > 1: dist.barrier()
+    first_here = os.environ.get('LOCAL_RANK', '0') == '0'
+    for turn in (world.first, first_here):                              # then machines that share no folder
+        if dataset == 'numbers' and turn and not (resolve('data/numbers')/'manifest.json').exists():
+            prepare('numbers')
+        if world.size > 1: dist.barrier()
     train, val = TokenFile(dataset, 'train'), TokenFile(dataset, 'val')
     n_windows(train, block_size)
     return train, val
 
 def fit_vocabulary(cfg: ModelConfig, data: TokenFile) -> ModelConfig:
-    "The configuration with the dataset's vocabulary where it names none; raises `BadInput` where its own is too small."
+    "The configuration with the dataset's vocabulary where it names none; `BadInput` where its own is too small."
     if cfg.vocab_size is None: return dataclasses.replace(cfg, vocab_size=data.vocab_size)
-    if cfg.vocab_size < data.vocab_size: raise BadInput(f'vocab_size must be at least {data.vocab_size} for the dataset {data.folder.name}, got {cfg.vocab_size}')
+    if cfg.vocab_size < data.vocab_size:
+        raise BadInput(f'vocab_size must be at least {data.vocab_size} for the dataset {data.folder.name}, '
+                       f'got {cfg.vocab_size}')
     return cfg
 
 def fingerprint(data: TokenFile) -> list[str]:
     "Digests of the training shards, by which a run knows its data again."
     return [s['sha256'] for s in data.manifest['splits']['train']['shards']]
 
-def check_resume(found: checkpoint.Checkpoint, model_cfg: ModelConfig, cfg: TrainConfig, data: TokenFile, out_dir: Path):
+# %% ../nbs/12_train.ipynb #resume-state
+def save(run: Trainer):
+    "Write a checkpoint of this step from the first process."
+    if not run.world.first: return
+    names = parameter_names(run.model, run.optimizer)
+    tensors = {'model': run.model.state_dict(), 'optim': checkpoint.optimizer_tensors(run.optimizer, names)}
+    meta = {'config': to_dict(run.model_cfg, run.cfg), 'data': fingerprint(run.data), 'skipped': run.skipped,
+            'scaler': run.scaler.state_dict()}
+    checkpoint.save(run.out_dir, run.step, tensors, meta, run.cfg.keep_checkpoints)
+
+def find_resume(run: Trainer) -> checkpoint.Checkpoint | None:
+    "The checkpoint that all processes continue from; raises `BadInput` where that cannot be what was meant."
+    found, folder = checkpoint.load_latest(run.out_dir), run.out_dir
+    if found: check_resume(found, run)
+    elif checkpoint.steps(folder):
+        raise BadInput(f'{folder} holds checkpoints, but none can be read; remove them to start anew, '
+                       'or use another --out_dir')
+    here = torch.tensor(float(found.step if found else 0), device=run.world.device)
+    oldest, newest = all_reduce(here.clone(), 'min'), all_reduce(here, 'max')
+    if oldest != newest:
+        raise BadInput(f'the processes would continue from steps {oldest:.0f} to {newest:.0f}; '
+                       f'out_dir {folder} must hold the same checkpoints on every machine')
+    return found
+
+def check_resume(found: checkpoint.Checkpoint, run: Trainer):
     "Raise `BadInput` when the run in `out_dir` has another model, optimizer, step or data than is asked for."
-    before, per_step = found.meta['config'], lambda flat: flat['batch_size'] * flat['gradient_accumulation_steps']
-    asked = dataclasses.asdict(model_cfg) | {'optimizer': cfg.optimizer, 'seed': cfg.seed}
-    changed = [f'{name}={before.get(name)} (asked for {value})' for name, value in asked.items() if before.get(name) != value]
-    if per_step(before) != per_step(dataclasses.asdict(cfg)):
-        changed.append(f'batch_size * gradient_accumulation_steps = {per_step(before)} (asked for {per_step(dataclasses.asdict(cfg))})')
-    if changed: raise BadInput(f'{out_dir} holds a run with {", ".join(changed)}; use the same settings to continue it, or another --out_dir')
-    if found.meta['data'] != fingerprint(data): raise BadInput(f'{out_dir} holds a run on other data than {data.folder}; continue it on its own data, or use another --out_dir')
+    def per_step(flat): return flat['batch_size'] * flat['gradient_accumulation_steps']
+    before = to_dict(ModelConfig(), TrainConfig()) | found.meta['config']   # defaults of knobs it did not know
+    now = to_dict(run.model_cfg, run.cfg)
+    knobs = [*dataclasses.asdict(run.model_cfg), 'optimizer', 'seed']
+    changed = [f'{name}={before[name]} (asked for {now[name]})' for name in knobs if before[name] != now[name]]
+    if per_step(before) != per_step(now):
+        changed.append(f'batch_size * gradient_accumulation_steps = {per_step(before)} '
+                       f'(asked for {per_step(now)})')
+    if changed:
+        raise BadInput(f'{run.out_dir} holds a run with {", ".join(changed)}; use the same settings to continue '
+                       'it, or another --out_dir')
+    if found.meta['data'] != fingerprint(run.data):
+        raise BadInput(f'{run.out_dir} holds a run on other data than {run.data.folder}; continue it on its own '
+                       'data, or use another --out_dir')
+
+def restore(run: Trainer, found: checkpoint.Checkpoint):
+    "Weights, optimiser and counters of a checkpoint."
+    run.model.load_state_dict(found.tensors['model'])
+    names = parameter_names(run.model, run.optimizer)
+    checkpoint.load_optimizer(run.optimizer, names, found.tensors['optim'])
+    if found.meta['scaler'] and run.scaler.is_enabled(): run.scaler.load_state_dict(found.meta['scaler'])
+    run.step, run.skipped = found.step, found.meta['skipped']
 
 # %% ../nbs/12_train.ipynb #make-record
 def make_record(run: Trainer, stats: Tensor, norm: float, tok_per_s: float, val: dict) -> Record:
@@ -332,25 +377,39 @@ def make_record(run: Trainer, stats: Tensor, norm: float, tok_per_s: float, val:
     layers = stats[3:].view(-1, model_cfg.n_experts + 2)                # (L, E+2)
     load, choices = layers[:, :-2], max(layers[:, :-2].sum().item(), 1)
     tokens = max(len(layers), 1) * run.tokens_per_step
-    return Record(run.step, run.step * run.tokens_per_step, ce, balance, z, load.int().tolist(), layers[:, -2].sum().item() / choices,
-                  layers[:, -1].sum().item() / tokens, norm, lr_at(run.step - 1, cfg), tok_per_s,
-                  tok_per_s * flops_per_token(model_cfg) / run.peak, run.skipped, val)
+    return Record(step=run.step, tokens=run.step * run.tokens_per_step, ce=ce, balance=balance, z=z,
+                  load=load.int().tolist(), drop_rate=layers[:, -2].sum().item() / choices,
+                  entropy=layers[:, -1].sum().item() / tokens, grad_norm=norm, lr=lr_at(run.step - 1, cfg),
+                  tok_per_s=tok_per_s, mfu=tok_per_s * flops_per_token(model_cfg) / run.peak,
+                  skipped=run.skipped, val=val)
+
+def evaluation(run: Trainer, everything: bool) -> Record:
+    "A record of the weights as they are: validation figures, and None for what only an update has."
+    missing = dict.fromkeys(Record._fields)
+    return Record(**missing | dict(step=run.step, tokens=run.step * run.tokens_per_step, skipped=run.skipped,
+                                   val=validate(run, everything)))
 
 def due(step: int, interval: int, last: int) -> bool: return step % interval == 0 or step == last
 
 # %% ../nbs/12_train.ipynb #log-file
 def begin_files(run: Trainer):
-    "Prepare the run's folder: config and tokenizer for whoever reads it later, the log cut to the step that training resumes from."
+    "Prepare the run's folder: config and tokenizer for its readers, the log cut to the step training goes on from."
     if not run.world.first: return
-    try: run.out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep(run.out_dir)
+        (run.out_dir/'config.json').write_text(json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
+        shutil.copyfile(run.data.folder/'tokenizer.json', run.out_dir/'tokenizer.json')
+        for name in ('log.jsonl', 'samples.jsonl'): cut_log(run.out_dir/name, run.step)
     except OSError as e: raise BadInput(f'out_dir {run.out_dir} cannot be written: {e.strerror}') from None
-    checkpoint.sweep(run.out_dir)
-    (run.out_dir/'config.json').write_text(json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
-    shutil.copyfile(run.data.folder/'tokenizer.json', run.out_dir/'tokenizer.json')
-    for name in ('log.jsonl', 'samples.jsonl'):
-        path = run.out_dir/name
-        rows = read_log(path)
-        path.write_text(''.join(json.dumps(row) + '\n' for row in rows if row['step'] <= run.step))
+
+def cut_log(path: Path, step: int):
+    "Leave out the lines after `step` and a last one cut off by a crash; the file is replaced at once."
+    whole = ''.join(json.dumps(row) + '\n' for row in read_log(path) if row['step'] <= step)
+    if path.exists() and path.read_text() == whole: return
+    made = path.with_suffix('.tmp')
+    made.write_text(whole)
+    os.replace(made, path)
 
 def read_log(path: str | Path) -> list[dict]:
     "The lines of a log, oldest first; a last line cut off by a crash is left out."
@@ -366,15 +425,15 @@ def append(path: Path, row: dict):
 # %% ../nbs/12_train.ipynb #samples
 @torch.no_grad()
 def routed_text(run: Trainer, length: int = 128) -> Iterator[dict]:
-    "For the beginning of each domain's held-out text: its pieces, and where each layer sent them, as lines of samples.jsonl."
+    "The beginning of each domain's held-out text and where each layer sent its pieces, as lines of samples.jsonl."
     tokenizer, n = load_tokenizer(run.val.folder), min(length, run.model_cfg.block_size)
     run.model.eval()
     for domain, (start, end) in run.val.domains.items():
         ids = run.val.read(start, min(start + n, end))
         with run.autocast: routings = run.model.hidden(torch.from_numpy(ids)[None].to(run.world.device))[1]
         pieces = [tokenizer.decode_single_token_bytes(i).decode('utf-8', 'replace') for i in ids.tolist()]
-        yield dict(step=run.step, domain=domain, text=tokenizer.decode(ids.tolist()), pieces=pieces, ids=ids.tolist(),
-                   expert_ids=[r.expert_ids.tolist() for r in routings],
+        yield dict(step=run.step, domain=domain, text=tokenizer.decode(ids.tolist()), pieces=pieces,
+                   ids=ids.tolist(), expert_ids=[r.expert_ids.tolist() for r in routings],
                    gates=[[[round(g, 4) for g in row] for row in r.gates.tolist()] for r in routings],
                    kept=[None if r.kept is None else r.kept.tolist() for r in routings])
     run.model.train()
@@ -394,32 +453,37 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
         yield from records(run, stop)
 
 def records(run: Trainer, stop: StopRequest) -> Iterator[Record]:
-    "The training loop: update, evaluate, log, save, each when it is due."
+    "The training loop: update, save, evaluate, log, each when it is due."
     cfg, last = run.cfg, run.cfg.max_iters
+    if cfg.eval_only: yield evaluation(run, everything=False); return
     clock, since, first = time.perf_counter(), run.step, run.step + 1
-    if cfg.eval_only: yield evaluation_only(run); return
     while run.step < last:
-        stats, norm = run.update()
-        halt = all_reduce(torch.tensor(float(bool(stop.signals)), device=run.world.device), 'max').item() > 0
+        stats, norm = update(run)
+        halt = any_process(run, bool(stop.signals))
+        if halt or due(run.step, cfg.checkpoint_interval, last): save(run)
         evaluating = due(run.step, cfg.eval_interval, last)
         if evaluating or halt or run.step == first or due(run.step, cfg.log_interval, last):
             rate = (run.step - since) * run.tokens_per_step / (time.perf_counter() - clock)
-            record = make_record(run, stats, norm, rate, run.evaluate(run.step == last) if evaluating else {})
-            if run.world.first: log(run, record)
-            yield record
+            val = validate(run, everything=run.step == last) if evaluating else {}
+            yield log(run, make_record(run, stats, norm, rate, val))
             clock, since = time.perf_counter(), run.step
-        if halt or due(run.step, cfg.checkpoint_interval, last): run.save()
         if halt: return
+    if any_process(run, run.world.first and not evaluated(run)): yield log(run, evaluation(run, everything=True))
 
-def log(run: Trainer, record: Record):
-    "Append a record, and at evaluations the routed text, to the run's files."
-    append(run.out_dir/'log.jsonl', record.row())
-    for row in routed_text(run) if record.val else []: append(run.out_dir/'samples.jsonl', row)
+def any_process(run: Trainer, here: bool) -> bool:
+    "Whether any process says so; all of them get the same answer."
+    return all_reduce(torch.tensor(float(here), device=run.world.device), 'max').item() > 0
 
-def evaluation_only(run: Trainer) -> Record:
-    "A record of the weights as they are, without an update."
-    stats = torch.zeros(3 + len(moe_layers(run.model_cfg)) * (run.model_cfg.n_experts + 2))
-    return make_record(run, stats, 0.0, 0.0, run.evaluate(False))
+def evaluated(run: Trainer) -> bool:
+    "Whether the log has an evaluation of this step; a run cut off in its last one has not."
+    return any(row['step'] == run.step and 'val_ce' in row for row in read_log(run.out_dir/'log.jsonl'))
+
+def log(run: Trainer, record: Record) -> Record:
+    "Append a record, and at evaluations the routed text, to the run's files; returns the record."
+    if run.world.first:
+        append(run.out_dir/'log.jsonl', record.row())
+        for row in routed_text(run) if record.val else []: append(run.out_dir/'samples.jsonl', row)
+    return record
 
 # %% ../nbs/12_train.ipynb #main
 def live_line(r: Record, cfg: TrainConfig, bits: float, started: float, first: int) -> str:
@@ -427,33 +491,39 @@ def live_line(r: Record, cfg: TrainConfig, bits: float, started: float, first: i
     loads = [[n / max(sum(layer), 1) for n in layer] for layer in r.load]
     busiest = max((max(layer) for layer in loads), default=0)
     left = (time.perf_counter() - started) / max(r.step - first, 1) * (cfg.max_iters - r.step)
-    line = (f'step {r.step:>{len(str(cfg.max_iters))}}/{cfg.max_iters}  ce {r.ce:.3f}  {r.ce*bits:.3f} bits/byte  {r.tok_per_s:,.0f} tok/s  '
-            f'busiest expert {busiest:.0%}  dropped {r.drop_rate:.1%}  {left//60:.0f}:{left % 60:02.0f} left')
+    line = (f'step {r.step:>{len(str(cfg.max_iters))}}/{cfg.max_iters}  ce {r.ce:.3f}  {r.ce*bits:.3f} bits/byte  '
+            f'{r.tok_per_s:,.0f} tok/s  busiest expert {busiest:.0%}  dropped {r.drop_rate:.1%}  '
+            f'{left//60:.0f}:{left % 60:02.0f} left')
     return line + (f'  | held out: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else '')
 
 def show(line: str, keep: bool):
-    "Rewrite the terminal's last line, or print a line of its own where it should stay or where there is no terminal."
+    "Rewrite the terminal's last line; print a line of its own where it should stay or there is no terminal."
     if sys.stdout.isatty(): print('\r\033[K' + line, end='\n' if keep else '', flush=True)
     else: print(line, flush=True)
 
 # %% ../nbs/12_train.ipynb #summary
 def summary(out_dir: Path, data: TokenFile, model_cfg: ModelConfig, newest: Record | None = None) -> str:
     "What the run in `out_dir` has reached, by its newest record or its log, beside general compressors."
-    rows = [row for row in read_log(out_dir/'log.jsonl') + ([newest.row()] if newest else []) if 'val_ce' in row]
-    entry, saved = data.manifest['splits']['val'], checkpoint.steps(out_dir)
+    rows = read_log(out_dir/'log.jsonl') + ([newest.row()] if newest else [])
+    rows, entry = [row for row in rows if 'val_ce' in row], data.manifest['splits']['val']
+    saved = checkpoint.steps(out_dir)
     with torch.device('meta'): total, active = n_params(GPT(model_cfg))
-    lines = []
-    if rows:
-        r = rows[-1]
-        covered = 'the whole held-out text' if r['val_tokens'] == entry['tokens'] - 1 else 'a part of the held-out text'
-        lines += [f'held out    ce {r["val_ce"]:.4f} nats per token, {r["val_bpb"]:.4f} bits per byte, on {covered}: {r["val_bytes"]:,} bytes, step {r["step"]}']
-        domains = [name for name in entry['domains'] if f'val_bpb_{name}' in r]
-        if len(domains) > 1: lines += ['by domain   ' + ', '.join(f'{name} {r[f"val_bpb_{name}"]:.3f}' for name in domains)]
+    lines = reached(rows[-1], entry) if rows else []
     if 'gzip_bytes' in entry:
-        lines += [f'compressors gzip -9 {8*entry["gzip_bytes"]/entry["bytes"]:.4f}, xz -9 {8*entry["xz_bytes"]/entry["bytes"]:.4f} bits per byte, on all {entry["bytes"]:,} held-out bytes']
+        gzip, xz = (8 * entry[f'{name}_bytes'] / entry['bytes'] for name in ('gzip', 'xz'))
+        lines += [f'compressors gzip -9 {gzip:.4f}, xz -9 {xz:.4f} bits per byte, '
+                  f'on all {entry["bytes"]:,} held-out bytes']
     lines += [f'parameters  {total:,}, of which one token meets {active:,}']
     if saved: lines += [f'checkpoint  {os.path.relpath(saved[-1])}']
     return '\n'.join(lines)
+
+def reached(row: dict, entry: dict) -> list[str]:
+    "The lines about an evaluation, given its log line and the split's entry in the manifest."
+    covered = 'the whole' if row['val_tokens'] == entry['tokens'] - 1 else 'a part of the'
+    lines = [f'held out    ce {row["val_ce"]:.4f} nats per token, {row["val_bpb"]:.4f} bits per byte, '
+             f'on {covered} held-out text: {row["val_bytes"]:,} bytes, step {row["step"]}']
+    domains = [f'{name} {row[f"val_bpb_{name}"]:.3f}' for name in entry['domains'] if f'val_bpb_{name}' in row]
+    return lines + ([f'by domain   {", ".join(domains)}'] if len(domains) > 1 else [])
 
 # %% ../nbs/12_train.ipynb #command
 def main(argv: list[str] | None = None):
@@ -464,19 +534,22 @@ def main(argv: list[str] | None = None):
     leave(0 if finished else 130)
 
 def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
-    "Run `train` and tell the terminal, and the tracker if there is one, how it goes; returns whether it came to its end."
+    "Run `train`, telling the terminal and the tracker how it goes; returns whether it came to its end."
+    speaks = os.environ.get('RANK', '0') == '0'
+    if cfg.tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
+        raise BadInput("tracker wandb needs the package wandb; install it with: pip install -e '.[wandb]'")
     first, started, bits, r, tracker = None, time.perf_counter(), 0.0, None, None
     for r in train(model_cfg, cfg):
-        if os.environ.get('RANK', '0') != '0': continue
+        if not speaks: continue
         if first is None:
             first, tracker = r.step, make_tracker(model_cfg, cfg)
             data = TokenFile(cfg.dataset, 'train')
             bits, started = len(data) / data.n_bytes / math.log(2), time.perf_counter()
-        if not cfg.eval_only: show(live_line(r, cfg, bits, started, first), keep=bool(r.val))
+        if r.ce is not None: show(live_line(r, cfg, bits, started, first), keep=bool(r.val))
         if tracker: tracker.log(r.row(), step=r.step)
     if tracker: tracker.finish()
     stopped = r is not None and r.step < cfg.max_iters and not cfg.eval_only
-    if os.environ.get('RANK', '0') == '0':
+    if speaks:
         if stopped: print(f'\nstopped after step {r.step}; the same command continues from there')
         data = TokenFile(cfg.dataset, 'val')
         print('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data), r), flush=True)
@@ -486,10 +559,11 @@ def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
     "A wandb run when it is asked for, else None."
     if cfg.tracker == 'none': return None
     import wandb
-    return wandb.init(project='nanomoe', name=cfg.run_name or Path(cfg.out_dir).name, config=to_dict(model_cfg, cfg), dir=resolve(cfg.out_dir))
+    return wandb.init(project='nanomoe', name=cfg.run_name or Path(cfg.out_dir).name,
+                      config=to_dict(model_cfg, cfg), dir=resolve(cfg.out_dir))
 
 def leave(code: int):
-    "Exit with this code; under torchrun without waiting for gloo's threads, which now and then abort a closing interpreter."
+    "Exit with this code; under torchrun not waiting for gloo, whose threads sometimes abort a closing process."
     if 'RANK' not in os.environ: return sys.exit(code) if code else None
     gc.collect(); sys.stdout.flush(); sys.stderr.flush()
     os._exit(code)

@@ -165,8 +165,9 @@ def loss_curve(rows: Sequence[dict], marks: dict[str, float] | None = None, bits
     Given `bits`, what turns nats per token into bits per byte, the curve and its unit are bits per byte.
     """
     ax = axes_in(ax, 6, 3.2)
-    ce = [r['ce'] * (bits or 1) for r in rows]
-    ax.plot([r['step'] for r in rows], ce, color='#56B4E9', lw=1, label='training batch')
+    trained = [r for r in rows if 'ce' in r]
+    ce = [r['ce'] * (bits or 1) for r in trained]
+    ax.plot([r['step'] for r in trained], ce, color='#56B4E9', lw=1, label='training batch')
     held = [r for r in rows if 'val_ce' in r]
     unit = 'val_bpb' if bits else 'val_ce'
     dots = dict(marker='o', markersize=4, color='#0072B2', label='held out')
@@ -196,7 +197,8 @@ class Board:
         fig = new_figure(8, 2.6)
         left, right = fig.subplots(1, 2)
         loss_curve(self.rows, ax=left)
-        if self.rows[-1]['load']: load_history(self.rows, self.layer, right)
+        routed = [row for row in self.rows if row.get('load')]
+        if routed: load_history(routed, self.layer, right)
         return fig
 
     def draw(self):
@@ -337,7 +339,7 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
 
     Of more than four MoE layers, films and domains of four are shown.
     """
-    rows = [row for row in rows if row['load']]
+    rows = [row for row in rows if row.get('load')]
     if not rows: raise BadInput(f'{name or "the log"} holds no load: a dense model has no experts to draw')
     last = next((row for row in reversed(rows) if domain_load(row, 0)[0]), None)
     L = len(rows[-1]['load'])
@@ -365,7 +367,7 @@ def curve_of(run: Path) -> Figure:
     "A run's loss in bits per byte, beside the compressors where its dataset is still there."
     rows = read_rows(run/'log.jsonl')
     try: dataset = dataset_folder(json.loads((run/'config.json').read_text())['dataset'])
-    except BadInput: return loss_curve(rows)
+    except (BadInput, OSError): return loss_curve(rows)
     splits = json.loads((dataset/'manifest.json').read_text())['splits']
     val, per_token = splits['val'], splits['train']['tokens'] / splits['train']['bytes'] / np.log(2)
     tried = [name for name in ('gzip', 'xz') if f'{name}_bytes' in val]
@@ -391,9 +393,11 @@ def main(argv: list[str] | None = None):
     "`python -m nanomoe.viz {experts,curve} RUN [--out FILE]`, or `model PRESET [--out FILE]`."
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
-        if len(argv) < 2 or argv[0] not in ('experts', 'curve', 'model'):
+        asks = argv[:1] in (['-h'], ['--help'])
+        if not asks and (len(argv) < 2 or argv[0] not in ('experts', 'curve', 'model')):
             raise BadInput('say what to draw and of what: experts RUN, curve RUN, or model PRESET')
-        out = from_command_line(Picture, Picture(), argv[2:], 'python -m nanomoe.viz').out
+        prog = 'python -m nanomoe.viz {experts RUN, curve RUN, model PRESET}'
+        out = from_command_line(Picture, Picture(), argv if asks else argv[2:], prog).out
         fig, path = picture_of(argv[0], argv[1], out)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(fig, dpi=120))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanomoe import data, sample, train, viz
+from nanomoe import bench, data, sample, train, viz
 from nanomoe.config import PRESETS, BadInput, ModelConfig, TrainConfig, check, from_dict, parse, to_dict
 
 
@@ -36,7 +36,9 @@ BAD = {
     'value missing': (train, 'tiny --seed', 'seed'),
     'one renormalised gate': (train, 'tiny --top_k 1 --gates chosen', "gates must be 'all' when top_k=1"),
     'missing dataset': (train, 'tiny --dataset nowhere',
-                        'there is no prepared dataset nowhere; make it with: python -m nanomoe.data nowhere'),
+                        'no prepared dataset nowhere; make it with: python -m nanomoe.data FILE_OR_FOLDER --out data/nowhere'),
+    'dataset not prepared yet': (train, 'tiny --dataset shakespeare_gpt2',
+                                 'make it with: python -m nanomoe.data shakespeare_gpt2'),
     'small vocabulary': (train, 'tiny --vocab_size 100',
                          'vocab_size must be at least 257 for the dataset numbers, got 100'),
     'long context': (train, 'tiny --block_size 10000000',
@@ -46,6 +48,7 @@ BAD = {
                         'device must be auto, cpu, cuda, cuda:N or mps, got toaster'),
     'half precision on a CPU': (train, 'tiny --device cpu --dtype float16',
                                 'dtype must be float32 or bfloat16 on a CPU'),
+    'unknown backend': (train, 'tiny --backend foo', 'backend must be auto, or one that this torch has'),
     'missing file': (train, 'nowhere.toml', 'nowhere.toml cannot be read: No such file or directory'),
     'missing weights': (train, 'tiny --init_from out/nowhere', 'out/nowhere holds no checkpoint'),
     'nothing to prepare': (data, '', 'name what to prepare'),
@@ -54,6 +57,8 @@ BAD = {
                           'there is no tokenizer gtp2; did you mean gpt2?'),
     'tiny vocabulary': (data, 'numbers --tokenizer bpe --vocab_size 9 --out {tmp}/n',
                         'vocab_size must be at least 257'),
+    'size of no bpe': (data, 'numbers --vocab_size 300 --out {tmp}/n',
+                       'vocab_size belongs to a bpe; the tokenizer bytes has a size of its own, got 300'),
     'not Shakespeare': (data, 'shakespeare --from_file {tmp}/other.txt --out {tmp}/s',
                         'is not Tiny Shakespeare: its sha256 is'),
     'no run': (sample, 'out/nowhere', 'out/nowhere holds no checkpoint'),
@@ -97,6 +102,24 @@ def test_under_torchrun_the_sentence_comes_once():
                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     sentence = 'gradient_accumulation_steps must be a multiple of the 2 processes, such as 2 or 4, got 3'
     assert run.returncode == 1 and run.stderr.count(sentence) == 1
+
+
+def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    code, message = said(train, ['tiny', '--tracker=wandb', f'--out_dir={tmp_path}/run'], capsys)
+    assert code == 2 and 'tracker wandb needs the package wandb' in message and not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('program', [train, sample, data, viz, bench], ids=lambda m: m.__name__)
+def test_help_is_help(program, capsys):
+    with pytest.raises(SystemExit) as stopped: program.main(['--help'])
+    assert stopped.value.code == 0 and 'usage: python -m nanomoe.' in capsys.readouterr().out
+
+
+def test_a_folder_with_the_name_of_a_text_is_no_text(tmp_path):
+    (tmp_path/'texts'/'chapter.txt').mkdir(parents=True)
+    (tmp_path/'texts'/'chapter.txt'/'one.md').write_text('# One')
+    assert [d.text for d in data.local_documents([tmp_path/'texts'])] == ['# One']
 
 
 def test_nanogpts_spelling_of_flags():

@@ -44,14 +44,14 @@ def test_exact_gelu_is_not_gpt2s(theirs):
 
 def test_a_saved_folder_is_read_by_name(theirs, tmp_path, monkeypatch):
     from nanomoe import pretrained
-    folder = tmp_path/'gpt2-small'
+    folder = tmp_path/'gpt2'
     theirs.save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrained, 'gpt2_config', lambda name: CFG)
-    ours = initial_weights('gpt2-small', CFG)
+    ours = initial_weights('gpt2', CFG)
     torch.testing.assert_close(ours(torch.arange(32)[None]).logits, theirs(torch.arange(32)[None]).logits,
                                atol=1e-5, rtol=1e-4)
-    shorter = initial_weights('gpt2-small', ModelConfig(**{**CFG.__dict__, 'block_size': 16}))
+    shorter = initial_weights('gpt2', ModelConfig(**{**CFG.__dict__, 'block_size': 16}))
     torch.testing.assert_close(shorter(torch.arange(16)[None]).logits, theirs(torch.arange(16)[None]).logits,
                                atol=1e-5, rtol=1e-4)
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from nanomoe import checkpoint, data
 
 TINY = ['-m', 'nanomoe.train', 'tiny', '--log_interval=1', '--device=cpu']
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -124,10 +128,77 @@ def test_ctrl_c_under_torchrun(alone, tmp_path):
 
 def test_another_shape_or_other_data_do_not_continue_a_run(alone):
     for change, sentence in (('--n_embd=16', 'holds a run with n_embd=32 (asked for 16)'),
-                             ('--top_k=1', 'top_k=2 (asked for 1)')):
+                             ('--top_k=1', 'top_k=2 (asked for 1)'),
+                             ('--optimizer=muon', 'optimizer=adamw (asked for muon)'),
+                             ('--seed=1', 'seed=1337 (asked for 1)'),
+                             ('--batch_size=4', 'batch_size * gradient_accumulation_steps = 16 (asked for 8)')):
         done = subprocess.run([sys.executable, *TINY, f'--out_dir={alone}', change],
                               env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_checkpoints_of_which_none_can_be_read_are_not_overwritten(alone, tmp_path):
+    shutil.copytree(alone, tmp_path/'run')
+    for path in (tmp_path/'run').glob('step-*/model.safetensors'): path.write_bytes(b'')
+    done = subprocess.run([sys.executable, *TINY, f'--out_dir={tmp_path}/run'],
+                          env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'holds checkpoints, but none can be read' in done.stderr
+    assert len(list((tmp_path/'run').glob('step-*'))) == 2
+
+
+def test_a_last_evaluation_that_was_cut_off_is_made_up_for(alone, tmp_path):
+    shutil.copytree(alone, tmp_path/'run')
+    rows = (alone/'log.jsonl').read_text().splitlines()
+    (tmp_path/'run'/'log.jsonl').write_text('\n'.join(rows[:-1]) + '\n')
+    run([sys.executable, *TINY, f'--out_dir={tmp_path}/run'])
+    made, before = log(tmp_path/'run')[-1], log(alone)[-1]
+    assert 'ce' not in made and made['step'] == 60
+    assert {key: before[key] for key in made} == made
+
+
+def test_an_evaluation_leaves_the_folder_as_it_is(alone, tmp_path):
+    shutil.copytree(alone, tmp_path/'run')
+    before = {path: path.read_bytes() for path in (tmp_path/'run').rglob('*') if path.is_file()}
+    done = run([sys.executable, *TINY, f'--out_dir={tmp_path}/run', '--eval_only=True', '--max_iters=999'])
+    assert 'held out' in done.stdout
+    assert before == {path: path.read_bytes() for path in (tmp_path/'run').rglob('*') if path.is_file()}
+
+
+def test_processes_that_would_continue_from_different_steps_refuse(alone, tmp_path):
+    "As on two machines that share no folder: only the first has the checkpoints."
+    (tmp_path/'1').mkdir()
+    shutil.copytree(alone, tmp_path/'0')
+    program = tmp_path/'program.py'
+    program.write_text('import os, sys\nfrom nanomoe.train import main\n'
+                       'main([*sys.argv[2:], f"--out_dir={sys.argv[1]}/{os.environ[\'RANK\']}"])')
+    done = subprocess.run(torchrun('--standalone', '--nproc_per_node=2', str(program), str(tmp_path), *TINY[2:]),
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count('the processes would continue from steps 0 to 60') == 1
+    assert not list((tmp_path/'1').iterdir())
+
+
+def test_a_process_that_alone_meets_bad_input_says_so(tmp_path):
+    "Only the second one is given a rule to break."
+    program = tmp_path/'program.py'
+    program.write_text('import os, sys\nfrom nanomoe.train import main\n'
+                       'main(sys.argv[1:] + ["--batch_size=0"] * int(os.environ["RANK"]))')
+    done = subprocess.run(torchrun('--standalone', '--nproc_per_node=2', str(program), *TINY[2:], f'--out_dir={tmp_path}/run'),
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count('batch_size must be at least 1, got 0') == 1
+
+
+def test_a_new_checkpoint_outlives_those_of_a_longer_run(tmp_path):
+    tensors = {'model': {'w': torch.ones(1)}}
+    for step in (50, 60, 3): checkpoint.save(tmp_path, step, tensors, {}, keep=1)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ['step-00000003', 'step-00000060']
+
+
+def test_other_token_ids_do_not_begin_a_run(alone, tmp_path):
+    data.prepare('numbers', tmp_path/'other', tokenizer='chars')
+    done = subprocess.run([sys.executable, *TINY, f'--init_from={alone}', f'--dataset={tmp_path}/other',
+                           '--vocab_size=257', f'--out_dir={tmp_path}/run'], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'has other token ids than the text that' in done.stderr
 
 
 def test_a_finished_run_says_what_it_reached(alone):
