@@ -47,18 +47,22 @@ def rotate(x: Tensor, start: int = 0) -> Tensor:
 class CausalSelfAttention(nn.Module):
     """Scaled dot-product attention with H heads (1706.03762 eq. 1): a position sees itself and all before it.
 
-    With a cache, x holds only the positions that follow those in the cache.
+    With a cache, x holds only the positions that follow those in the cache. `n_kv_head` heads of keys and values
+    serve H of queries (2305.13245); `qk_norm` gives queries and keys the length √D (2302.05442 §2).
     """
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.n_head, self.dropout, self.rotary = cfg.n_head, cfg.dropout, cfg.positions == 'rotary'
-        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
+        self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
+        self.dropout, self.rotary, D = cfg.dropout, cfg.positions == 'rotary', cfg.n_embd // cfg.n_head
+        self.c_attn = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * D, bias=cfg.bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-6) if cfg.qk_norm else nn.Identity() for _ in 'qk')
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-                   .permute(2, 0, 3, 1, 4))                             # (B, H, T, D)
+        heads = self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2)     # (B, H + 2·H_kv, T, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], 1)
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary: q, k = (rotate(t, cache.length if cache else 0) for t in (q, k))
         y = self.attend(q, k, v, cache)                                 # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))             # (B, T, C)
@@ -66,7 +70,9 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None) -> Tensor:
         p = self.dropout if self.training else 0.0
-        if cache is None: return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        few = k.size(1) < q.size(1)                                     # each key head serves H / H_kv query heads
+        if cache is None:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=few)
         k, v = cache.extend(k, v)                                       # (B, H, seen, D)
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=few)

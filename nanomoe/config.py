@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPT2_SIZES', 'PRESETS', 'ModelConfig', 'TrainConfig', 'BadInput', 'one_sentence', 'nearest', 'check_name',
-           'field_names', 'to_dict', 'from_dict', 'model_problems', 'train_problems', 'check', 'gpt2_config',
-           'starting_point', 'from_command_line', 'CommandLine', 'parse', 'home', 'resolve']
+           'field_names', 'to_dict', 'from_dict', 'model_problems', 'train_problems', 'conflicts', 'check',
+           'gpt2_config', 'starting_point', 'from_command_line', 'CommandLine', 'parse', 'home', 'resolve']
 
 # %% ../nbs/00_config.ipynb #imports
 import dataclasses, difflib, io, json, math, os, re, sys, time, tomllib
@@ -22,22 +22,31 @@ class ModelConfig:
     vocab_size: int | None = None  # V: entries of the vocabulary; None takes it from the dataset
     n_layer: int = 12  # blocks, one after the other
     n_head: int = 12  # H: attention heads; n_embd must be a multiple of it
+    n_kv_head: int | None = None  # key and value heads, shared by groups of query heads; None is n_head
     n_embd: int = 768  # C: width of the residual stream
     positions: Literal['learned', 'rotary'] = 'learned'  # a learnt vector each as in GPT-2, or turned queries and keys
+    qk_norm: bool = False  # RMS norm of each query and key, so that attention's scores cannot grow
+    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # rmsnorm neither centres nor has a bias
     dropout: float = 0.0  # chance of zeroing an activation in training; 0 for pretraining, 0.1 and up for finetuning
     bias: bool = False  # biases in linear layers, experts and layer norms, as GPT-2 has them
-    activation: Literal['gelu', 'gelu_tanh'] = 'gelu'  # gelu_tanh is the approximation GPT-2 was trained with
+    activation: Literal['gelu', 'gelu_tanh', 'swiglu'] = 'gelu'  # gelu_tanh as in GPT-2; swiglu has a third matrix
     n_experts: int = 1  # E: experts per MoE layer; 1 is a dense GPT
     top_k: int = 2  # K: experts each token visits
     moe_every: int = 2  # layers 0, n, 2n, … get experts, the others an ordinary MLP
-    expert_width: int | None = None  # F: hidden width of one expert; None is 4 * n_embd
-    router: Literal['softmax', 'noisy'] = 'softmax'  # noisy adds learned Gaussian noise to the logits in training
+    expert_width: int | None = None  # F: hidden width of one expert, or of a dense model's MLPs; None is 4 * n_embd
+    n_shared_experts: int = 0  # experts that every token visits besides its K, as one MLP of their joint width
+    router: Literal['softmax', 'noisy', 'sigmoid', 'expert_choice', 'hash'] = 'softmax'  # how experts are scored and chosen
+    jitter: float = 0.0  # the router's input is multiplied by up to 1 ± jitter in training
     gates: Literal['all', 'chosen'] = 'all'  # softmax over all experts, or renormalised over the chosen K
     router_float32: bool = True  # compute the router in float32 even under autocast
     capacity_factor: float | None = None  # queue length in training, in even shares; None never drops a token
     eval_capacity_factor: float | None = None  # the same when not training
     min_capacity: int = 4  # shortest queue
-    balance: Literal['none', 'switch', 'nano_moe'] = 'switch'  # which balance loss evens out the load
+    capacity_over: Literal['micro_batch', 'sequence'] = 'micro_batch'  # which tokens share a queue
+    priority: Literal['choice', 'token', 'gate'] = 'choice'  # who is first in it: first choices, early tokens, large gates
+    balance: Literal['none', 'switch', 'nano_moe', 'sequence', 'bias'] = 'switch'  # what evens out the load
+    balance_over: Literal['micro_batch', 'global'] = 'micro_batch'  # whose choices count: global is all processes'
+    bias_rate: float = 0.001  # step of balance='bias', which moves a bias on the choice and adds no loss
     balance_weight: float = 0.01  # weight of the balance loss, summed over layers
     z_weight: float = 0.001  # weight of the router z-loss, summed over layers
     init: Literal['gpt2', 'switch'] = 'gpt2'  # switch: truncated normal scaled by fan-in, as in the original
@@ -126,13 +135,17 @@ def model_problems(m: ModelConfig) -> list[str]:
     def need(ok, sentence): out.append(sentence) if not ok else None
     for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'n_experts', 'moe_every', 'min_capacity'):
         need(getattr(m, name) >= 1, f'{name} must be at least 1, got {getattr(m, name)}')
-    for name in ('vocab_size', 'expert_width'):
+    for name in ('vocab_size', 'expert_width', 'n_kv_head'):
         need(getattr(m, name) is None or getattr(m, name) >= 1,
              f'{name} must be at least 1, got {getattr(m, name)}')
     need(m.n_head < 1 or m.n_embd % m.n_head == 0,
          f'n_embd must be a multiple of n_head={m.n_head}, got {m.n_embd}')
     need(m.positions == 'learned' or m.n_head < 1 or m.n_embd // m.n_head % 2 == 0,
          f'n_embd / n_head must be even for rotary positions, got {m.n_embd} / {m.n_head}')
+    need(m.n_kv_head is None or m.n_kv_head < 1 or m.n_head % m.n_kv_head == 0,
+         f'n_head must be a multiple of n_kv_head={m.n_kv_head}, got {m.n_head}')
+    need(m.n_shared_experts >= 0, f'n_shared_experts must be at least 0, got {m.n_shared_experts}')
+    need(0 <= m.jitter < 1, f'jitter must be at least 0 and below 1, got {m.jitter}')
     need(0 <= m.dropout < 1, f'dropout must be at least 0 and below 1, got {m.dropout}')
     if m.n_experts > 1:
         need(1 <= m.top_k <= m.n_experts,
@@ -141,7 +154,7 @@ def model_problems(m: ModelConfig) -> list[str]:
         f = getattr(m, name)
         need(f is None or (math.isfinite(f) and f > 0),
              f'{name} must be a finite number above 0, or None, got {f}')
-    for name in ('balance_weight', 'z_weight', 'init_scale'):
+    for name in ('balance_weight', 'z_weight', 'bias_rate', 'init_scale'):
         v = getattr(m, name)
         need(math.isfinite(v) and v >= 0, f'{name} must be a finite number of at least 0, got {v}')
     return out
@@ -168,17 +181,38 @@ def train_problems(t: TrainConfig) -> list[str]:
     return out
 
 # %% ../nbs/00_config.ipynb #check
+_balances = {'sigmoid': ('none', 'switch', 'sequence', 'bias'), 'expert_choice': ('none', 'switch'), 'hash': ('none', 'switch')}
+
+def conflicts(m: ModelConfig) -> list[str]:
+    "One sentence for each combination of knobs that can be built but not trained."
+    if m.n_experts == 1: return []
+    out, dropless = [], m.capacity_factor is m.eval_capacity_factor is None
+    def need(ok, sentence): out.append(sentence) if not ok else None
+    need(m.top_k > 1 or m.gates == 'all' or m.router in ('expert_choice', 'hash'),
+         "gates must be 'all' when top_k=1, because one renormalised gate is always 1 and gives the router no "
+         "gradient, got 'chosen'")
+    possible = _balances.get(m.router, (m.balance,))
+    need(m.balance in possible, f'balance must be {" or ".join(possible)} with router={m.router}, got {m.balance}')
+    if m.router in ('expert_choice', 'hash'):
+        need(m.gates == 'all', f"gates must be 'all' with router={m.router}, got '{m.gates}'")
+    if m.router == 'expert_choice':
+        need(m.capacity_factor and m.eval_capacity_factor,
+             'capacity_factor and eval_capacity_factor must be set with router=expert_choice, as they say how many '
+             f'tokens an expert takes, got {m.capacity_factor} and {m.eval_capacity_factor}')
+    need(m.router != 'hash' or m.jitter == 0, f'jitter must be 0 with router=hash, got {m.jitter}')
+    for knob in ('capacity_over', 'priority'):
+        value, usual = getattr(m, knob), getattr(ModelConfig, knob)
+        need(value == usual or not dropless and m.router != 'expert_choice',
+             f'{knob} must be {usual} where no queue is filled in order, got {value}')
+    return out
+
 def check(model: ModelConfig, train: TrainConfig | None = None):
     """Raise `BadInput` with every broken rule, one sentence a line.
 
     With `train` given, what can be built but not trained is refused too.
     """
     problems = model_problems(model)
-    if train is not None:
-        problems += train_problems(train)
-        if model.n_experts > 1 and model.top_k == 1 and model.gates == 'chosen':
-            problems.append("gates must be 'all' when top_k=1, because one renormalised gate is always 1 "
-                            "and gives the router no gradient, got 'chosen'")
+    if train is not None: problems += train_problems(train) + conflicts(model)
     if problems: raise BadInput('\n'.join(problems))
 
 # %% ../nbs/00_config.ipynb #presets

@@ -90,7 +90,8 @@ def share_gradients(model: torch.nn.Module, world: World) -> torch.nn.Module:
     "The model, averaging its gradients over all processes in every backward pass."
     if world.size == 1: return model
     devices = [world.device] if world.device.type == 'cuda' else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
+                                   broadcast_buffers=False)             # all processes move them alike
 
 def quietly(model: torch.nn.Module, last: bool):
     "A context in which gradients are only added up; the `last` micro-batch of a step averages them."

@@ -19,11 +19,9 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 NOTEBOOK = 'window.jupyterapp?.shell.currentWidget'
 KERNEL = f'{NOTEBOOK}?.sessionContext?.session?.kernel'
 CELLS = f'({NOTEBOOK}?.content?.model?.sharedModel?.cells ?? []).filter(c => c.cell_type === "code" && c.source.trim())'
-CONNECTED = f'''async () => {{ if ({KERNEL}?.connectionStatus !== 'connected' || {KERNEL}?.status !== 'idle') return false
-                               await {KERNEL}?.info
-                               return {KERNEL}?.status === 'idle' }}'''
-BUSY = f'() => {KERNEL}?.status === "busy"'
-ALL_RAN = f'() => {KERNEL}?.status === "idle" && {CELLS}.length && {CELLS}.every(c => c.execution_count)'
+IDLE_AFTER = f'''() => {{ if ({KERNEL}?.connectionStatus !== 'connected' || {KERNEL}?.status !== 'idle') return null
+                          const cells = {CELLS}, ran = cells.filter(c => c.execution_count).length
+                          return cells.length && ran === cells.length ? 'all' : ran }}'''
 ERRORS = f'() => {CELLS}.flatMap(c => c.outputs.filter(o => o.output_type === "error").map(o => `${{c.id}}: ${{o.evalue}}`))'
 
 
@@ -75,21 +73,25 @@ def browser():
 
 
 def run_all(page, url: str):
-    """Open a notebook and run all of its cells.
+    """Open a notebook and run all of its cells, in order, as the menu's Run All Cells does.
 
-    A Run All before the kernel is connected would be dropped without a word.
+    On a busy machine JupyterLab may lose a new kernel from sight: it then asks which one to start, or drops what
+    was to run. So the question is answered, and where nothing goes on, Run All is asked for again.
     """
     page.goto(url)
     page.wait_for_selector('.jp-NotebookPanel .jp-Cell', timeout=60_000)
-    for attempt in range(3):
-        page.wait_for_function(CONNECTED, timeout=60_000)
-        page.get_by_role('menuitem', name='Run', exact=True).click()
-        page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-        try: page.wait_for_function(BUSY, timeout=15_000)
-        except Exception:                                               # JupyterLab dropped it: ask again
-            if attempt == 2: raise
-        else: break
-    page.wait_for_function(ALL_RAN, timeout=300_000)
+    before, deadline = None, time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if page.locator('.jp-Dialog').count():
+            page.locator('.jp-Dialog select').select_option(label='Python 3 (ipykernel)')
+            page.locator('.jp-Dialog .jp-mod-accept').click()
+        now = page.evaluate(IDLE_AFTER)
+        if now == 'all': return
+        if now is not None and now == before:                           # idle, and no cell more than a while ago
+            page.evaluate('() => { window.jupyterapp.commands.execute("notebook:run-all-cells") }')
+        before = now
+        time.sleep(3)
+    raise TimeoutError(f'{url} did not run to its end')
 
 
 @pytest.mark.parametrize('notebook', ['04_viz', '12_train'])

@@ -4,6 +4,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanomoe.config import BadInput, ModelConfig
+from nanomoe.experts import MoE
 from nanomoe.pretrained import from_gpt2, initial_weights
 
 
@@ -62,3 +63,82 @@ def test_weights_that_do_not_fit_are_named(theirs):
         from_gpt2(weights, ModelConfig(**{**CFG.__dict__, 'n_layer': 4}))
     with pytest.raises(BadInput, match='must have shape'):
         from_gpt2(weights, ModelConfig(**{**CFG.__dict__, 'vocab_size': 98}))
+
+
+# ---- sparse blocks with copied weights: same experts, same gates, same output and gradients
+
+def mixtral():
+    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+    cfg = MixtralConfig(hidden_size=32, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2)
+    return MixtralSparseMoeBlock(cfg), dict(gates='chosen')
+
+
+def olmoe(normalised: bool):
+    from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeSparseMoeBlock
+    cfg = OlmoeConfig(hidden_size=32, intermediate_size=24, num_experts=6, num_experts_per_tok=2,
+                      norm_topk_prob=normalised)
+    return OlmoeSparseMoeBlock(cfg), dict(gates='chosen' if normalised else 'all')
+
+
+def qwen3(normalised: bool):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
+    cfg = Qwen3MoeConfig(hidden_size=32, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2,
+                         norm_topk_prob=normalised)
+    return Qwen3MoeSparseMoeBlock(cfg), dict(gates='chosen' if normalised else 'all')
+
+
+def deepseek(normalised: bool):
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3MoE
+    cfg = DeepseekV3Config(hidden_size=32, moe_intermediate_size=24, n_routed_experts=6, num_local_experts=6,
+                           num_experts_per_tok=2, n_shared_experts=2, n_group=1, topk_group=1,
+                           routed_scaling_factor=1.0, norm_topk_prob=normalised)
+    return DeepseekV3MoE(cfg), dict(router='sigmoid', balance='bias', n_shared_experts=2,
+                                    gates='chosen' if normalised else 'all')
+
+
+BLOCKS = {'Mixtral': mixtral, 'OLMoE': lambda: olmoe(False), 'OLMoE, normalised': lambda: olmoe(True),
+          'Qwen3-MoE': lambda: qwen3(True), 'Qwen3-MoE, not normalised': lambda: qwen3(False),
+          'DeepSeek-V3': lambda: deepseek(True), 'DeepSeek-V3, not normalised': lambda: deepseek(False)}
+
+
+def ours_like(block, knobs: dict) -> MoE:
+    "Our layer with a block's weights; theirs are stored (E, out, in)."
+    layer = MoE(ModelConfig(n_embd=32, n_head=1, n_experts=6, top_k=2, expert_width=24, activation='swiglu', **knobs))
+    with torch.no_grad():
+        layer.router.score.weight.copy_(block.gate.weight)
+        layer.experts.c_fc.copy_(block.experts.gate_up_proj.mT)
+        layer.experts.c_proj.copy_(block.experts.down_proj.mT)
+        if layer.shared:
+            shared = block.shared_experts
+            layer.shared.c_fc.weight.copy_(torch.cat([shared.gate_proj.weight, shared.up_proj.weight]))
+            layer.shared.c_proj.weight.copy_(shared.down_proj.weight)
+            layer.router.bias.copy_(block.gate.e_score_correction_bias)
+    return layer
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_sparse_block(name):
+    torch.manual_seed(0)
+    block, knobs = BLOCKS[name]()
+    for p in block.parameters(): torch.nn.init.normal_(p, std=0.3)
+    if 'DeepSeek' in name: torch.nn.init.normal_(block.gate.e_score_correction_bias, std=0.3)
+    layer, x = ours_like(block, knobs), torch.randn(3, 17, 32)
+    leaves, up = [x.clone().requires_grad_() for _ in range(2)], torch.randn(3, 17, 32)
+    _, gates, ids = block.gate(x.flatten(0, 1))
+    want, (got, r) = block(leaves[0]), layer(leaves[1])
+    order, theirs = r.expert_ids.argsort(-1), ids.argsort(-1)           # DeepSeek's come unsorted
+    assert torch.equal(r.expert_ids.gather(1, order), ids.gather(1, theirs))
+    want.backward(up); got.backward(up)
+    pairs = {'gates': (r.gates.gather(1, order), gates.gather(1, theirs)), 'output': (got, want),
+             'gradient': (leaves[1].grad, leaves[0].grad),
+             'router': (layer.router.score.weight.grad, block.gate.weight.grad),
+             'experts': (layer.experts.c_fc.grad, block.experts.gate_up_proj.grad.mT)}
+    print(f'{name:28s}', '  '.join(f'{part} {(a - b).abs().max():.1e}' for part, (a, b) in pairs.items()))
+    for part, (a, b) in pairs.items(): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=lambda m: f'{part}: {m}')
+
+
+def test_gates_of_another_kind_are_not_theirs():
+    block, _ = mixtral()
+    for p in block.parameters(): torch.nn.init.normal_(p, std=0.3)
+    x = torch.randn(1, 17, 32)
+    assert (ours_like(block, dict(gates='all'))(x)[0] - block(x)).abs().max() > 1e-3
