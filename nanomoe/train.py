@@ -8,11 +8,13 @@ __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names
            'update', 'move_biases', 'count_skip', 'validate', 'open_data', 'fit_vocabulary', 'fingerprint', 'save',
            'find_resume', 'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files',
            'cut_log', 'read_log', 'append', 'routed_text', 'train', 'records', 'any_process', 'evaluated', 'log',
-           'live_line', 'show', 'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave']
+           'live_line', 'show', 'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
-import ctypes, dataclasses, gc, importlib.util, json, math, os, platform, shutil, signal, sys, threading, time
+import ctypes, dataclasses, gc, importlib.util, json, math, os, platform, shlex, shutil, signal, subprocess, sys
+import threading, time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -609,3 +611,19 @@ def leave(code: int):
     os._exit(code)
 
 if __name__ == '__main__' and '__file__' in globals(): main()
+
+# %% ../nbs/12_train.ipynb #train-all
+def train_all(runs: dict[str, str], out_dir: str, jobs: int = 2) -> dict[str, list[dict]]:
+    """Train each command line in a process with one thread, `jobs` at a time: the log lines of each.
+
+    `runs` maps the name of a folder in `out_dir` to the words after `python -m nanomoe.train`. What was finished is
+    not trained again, what was cut off goes on. Raises `RuntimeError` when a run fails other than by diverging.
+    """
+    def one(name: str) -> list[dict]:
+        folder = resolve(out_dir)/name
+        words = [sys.executable, '-m', 'nanomoe.train', *shlex.split(runs[name]), f'--out_dir={folder}']
+        done = subprocess.run(words, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+        if done.returncode and 'was not finite' not in done.stderr:
+            raise RuntimeError(f'{name} failed: {done.stderr.strip().splitlines()[-1]}')
+        return read_log(folder/'log.jsonl')
+    with ThreadPoolExecutor(jobs) as pool: return dict(zip(runs, pool.map(one, runs)))
