@@ -137,6 +137,33 @@ def test_another_shape_or_other_data_do_not_continue_a_run(alone):
         assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_global_balance_is_that_of_the_joint_batch(tmp_path):
+    "Two processes with half a batch each, statistics over both: the run of one process with the whole batch."
+    both = ['--balance_over=global', '--balance_weight=1', '--capacity_factor=None']
+    whole = ['--batch_size=16', '--gradient_accumulation_steps=1', f'--out_dir={tmp_path}/whole']
+    run([sys.executable, *TINY, *both, *whole])
+    run(torchrun('--standalone', '--nproc_per_node=2', *TINY, *both, f'--out_dir={tmp_path}/halves'))
+    for name in ('ce', 'balance'):                                      # balance is logged as the mean of two halves
+        assert largest_difference(log(tmp_path/'whole'), log(tmp_path/'halves'), name) <= 2e-5, name
+    run(torchrun('--standalone', '--nproc_per_node=2', *TINY, both[1], f'--out_dir={tmp_path}/apart'))
+    assert largest_difference(log(tmp_path/'whole'), log(tmp_path/'apart'), 'balance') > 1e-4
+
+
+def test_balance_by_bias_on_two_processes_and_after_a_stop(tmp_path):
+    knobs = [*TINY, '--balance=bias', '--router=sigmoid', '--gates=chosen', '--bias_rate=0.01']
+    run([sys.executable, *knobs, f'--out_dir={tmp_path}/one'])
+    stopped = subprocess.Popen([sys.executable, *knobs, f'--out_dir={tmp_path}/two'], env=ENVIRONMENT,
+                               stdout=subprocess.PIPE)
+    wait_for_step(tmp_path/'two', 7)
+    stopped.send_signal(signal.SIGINT)
+    stopped.communicate(timeout=60)
+    run(torchrun('--standalone', '--nproc_per_node=2', *knobs, f'--out_dir={tmp_path}/two'))
+    assert largest_difference(log(tmp_path/'one'), log(tmp_path/'two')) <= 1e-5
+    one, two = (load_file(tmp_path/name/'step-00000060'/'model.safetensors') for name in ('one', 'two'))
+    bias = one['h.0.mlp.router.bias']
+    assert bias.abs().max() >= 0.05 and (two['h.0.mlp.router.bias'] - bias).abs().max() <= 0.021
+
+
 def test_checkpoints_of_which_none_can_be_read_are_not_overwritten(alone, tmp_path):
     shutil.copytree(alone, tmp_path/'run')
     for path in (tmp_path/'run').glob('step-*/model.safetensors'): path.write_bytes(b'')
