@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from .config import PRESETS, BadInput, ModelConfig, from_command_line, nearest, one_sentence
+from .config import PRESETS, BadInput, ModelConfig, TrainConfig, from_command_line, nearest, one_sentence
 from .experts import MLP, MoE
 from .model import GPT, moe_layers
 from .parallel import find_device
@@ -141,10 +141,10 @@ def original_model(b: Bench, cfg: ModelConfig) -> torch.nn.Module:
             use_aux_loss=True, use_router_z_loss=True, use_switch_tfm_init=True, router_use_full_prec=True))
 
 def make_step(name: str, b: Bench) -> Callable[[], None]:
-    "A function that does one whole training step of a case: forward, backward, clipping, and the preset's optimizer."
+    "A function that does one whole training step of a case: forward, backward, clipping, AdamW."
     (model, cfg), device = make_model(name, b), find_device(b.device)
     model.to(device).train()
-    settings = PRESETS[b.preset][1]
+    settings = TrainConfig()                                            # AdamW for every case
     if isinstance(model, GPT): optimizer = make_optimizer(model, settings)
     else: optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
     x, y = torch.randint(cfg.vocab_size, (2, b.batch_size, cfg.block_size), device=device)

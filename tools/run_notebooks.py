@@ -45,7 +45,7 @@ def still(output: dict) -> dict | None:
 def run(path: Path, skipped: set[str]) -> float:
     "Execute one notebook in its folder, write it back, and return the seconds it took."
     notebook, start = nbformat.read(path, 4), time.perf_counter()
-    client = Client(notebook, timeout=600, kernel_name='python3',
+    client = Client(notebook, timeout=None, kernel_name='python3',
                     resources={'metadata': {'path': str(path.parent)}}, record_timing=False)
     client.skipped = skipped
     client.execute()
