@@ -103,7 +103,7 @@ def make_pass(name: str, b: Bench) -> Callable[[], None]:
         if device.type != 'cpu': getattr(torch, device.type).synchronize()
     return one_pass
 
-# %% ../nbs/14_bench.ipynb #make-step
+# %% ../nbs/14_bench.ipynb #make-model
 def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
     """A case of `step`: the preset's `moe`, the same `dropless`, its `twin` of equal active FLOPs, nanoMoE's `original`.
 
@@ -122,6 +122,7 @@ def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
         for i in moe_layers(cfg): model.h[i].mlp = MLP(cfg, cfg.top_k * (cfg.expert_width or 4 * cfg.n_embd))
     return model, cfg
 
+# %% ../nbs/14_bench.ipynb #other-models
 def mixtral_model(implementation: str, cfg: ModelConfig) -> torch.nn.Module:
     "A Mixtral of this shape."
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -133,13 +134,16 @@ def mixtral_model(implementation: str, cfg: ModelConfig) -> torch.nn.Module:
         experts_implementation=implementation))
 
 def original_model(b: Bench, cfg: ModelConfig) -> torch.nn.Module:
-    "nanoMoE's own model of the preset."
+    "nanoMoE's own model of the preset; raises `BadInput` for one with parts that it has not."
+    if cfg.positions != 'learned' or cfg.expert_width not in (None, 4 * cfg.n_embd):
+        raise BadInput(f'preset {b.preset} has parts that nanoMoE has not; with --against take nano_moe or tiny')
     theirs, same = original(b), ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'top_k')
     with redirect_stdout(io.StringIO()):                                # it prints its size
         return theirs.GPT(theirs.GPTConfig(
             **{name: getattr(cfg, name) for name in same}, n_exp=cfg.n_experts, stride=cfg.moe_every,
             use_aux_loss=True, use_router_z_loss=True, use_switch_tfm_init=True, router_use_full_prec=True))
 
+# %% ../nbs/14_bench.ipynb #make-step
 def make_step(name: str, b: Bench) -> Callable[[], None]:
     "A function that does one whole training step of a case: forward, backward, clipping, AdamW."
     (model, cfg), device = make_model(name, b), find_device(b.device)

@@ -193,6 +193,8 @@ def conflicts(m: ModelConfig) -> list[str]:
          "gradient, got 'chosen'")
     possible = _balances.get(m.router, (m.balance,))
     need(m.balance in possible, f'balance must be {" or ".join(possible)} with router={m.router}, got {m.balance}')
+    need(m.balance_over == 'micro_batch' or m.balance == 'switch',
+         f'balance_over must be micro_batch with balance={m.balance}, got {m.balance_over}')
     if m.router in ('expert_choice', 'hash'):
         need(m.gates == 'all', f"gates must be 'all' with router={m.router}, got '{m.gates}'")
     if m.router == 'expert_choice':

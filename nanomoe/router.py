@@ -97,7 +97,8 @@ class HashRouter(nn.Module):
     """
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        scores = torch.rand(cfg.vocab_size or 1, cfg.n_experts)
+        if cfg.vocab_size is None: raise ValueError('vocab_size must be set for hash routing, got None')
+        scores = torch.rand(cfg.vocab_size, cfg.n_experts)
         self.register_buffer('table', scores.argsort(-1)[:, :cfg.top_k].contiguous())   # (V, K)
         self.n_experts = cfg.n_experts
 

@@ -142,3 +142,21 @@ def test_gates_of_another_kind_are_not_theirs():
     for p in block.parameters(): torch.nn.init.normal_(p, std=0.3)
     x = torch.randn(1, 17, 32)
     assert (ours_like(block, dict(gates='all'))(x)[0] - block(x)).abs().max() > 1e-3
+
+
+def test_the_benchmarks_modern_model_is_a_mixtral_in_size():
+    from nanomoe.bench import Bench, make_model
+    b = Bench(preset='tiny', device='cpu')
+    ours, theirs = (sum(p.numel() for p in make_model(name, b)[0].parameters()) for name in ('modern', 'Mixtral eager'))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize('name', ['twin', 'moe', 'modern', 'modern twin', 'Mixtral eager', 'Mixtral grouped_mm'])
+def test_every_case_of_the_benchmarks_step_trains(name, monkeypatch):
+    from nanomoe import bench
+    kept, make = [], bench.make_model
+    monkeypatch.setattr(bench, 'make_model', lambda *a: kept.append(make(*a)) or kept[-1])
+    step = bench.make_step(name, bench.Bench(preset='tiny', device='cpu'))
+    before = [p.clone() for p in kept[0][0].parameters()]
+    step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, kept[0][0].parameters()) if b.dim() >= 2)

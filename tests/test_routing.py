@@ -128,8 +128,9 @@ def test_experts_without_a_token_have_gradients_of_zero(way):
     with torch.no_grad(): layer.router.score.weight[2:] = -layer.router.score.weight[:1].sign() * 9
     x = layer.router.score.weight[:1].detach().sign() * torch.rand(1, 11, 16)
     assert layer(x)[1].expert_ids.unique().tolist() == [0, 1]
-    compared(way, layer, x, torch.ones_like(x))
-    assert layer.experts.c_fc.grad[2:].abs().max() == 0 and layer.experts.c_fc.grad[:2].abs().amin((1, 2)).max() >= 0
+    assert compared(way, layer, x, torch.ones_like(x)) < 2e-5
+    used = layer.experts.c_fc.grad.abs().amax((1, 2)) > 0
+    assert used.tolist() == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize('way', WAYS, ids=lambda f: f.__name__.removeprefix('by_'))
@@ -320,7 +321,7 @@ def test_who_changes_whom(router, queue, training):
     elif queue == 'dropless': assert (earlier, others) == (0, 0)
     elif queue == 'queue per sequence': assert earlier and not others
     elif queue == 'per sequence, by token': assert (earlier, others) == (0, 0)
-    elif router != 'hash': assert earlier and others
+    else: assert others and (earlier or router == 'hash')               # all gates of a hash are equal: no one is pushed
 
 
 def test_a_queue_by_gate_drops_the_smallest_gates():
@@ -356,6 +357,7 @@ REFUSED = {
     'priority without a queue': (dict(priority='gate'), 'priority must be choice where no queue is filled'),
     'queues per sequence without a queue': (dict(capacity_over='sequence'), 'capacity_over must be micro_batch where'),
     'chosen hash': (dict(router='hash', gates='chosen'), "gates must be 'all' with router=hash"),
+    'joint statistics that nothing reads': (dict(balance='sequence', balance_over='global'), 'balance_over must be micro_batch with'),
     'jittered hash': (dict(router='hash', jitter=0.1), 'jitter must be 0 with router=hash'),
 }
 
