@@ -6,7 +6,7 @@
 __all__ = ['Bench', 'make_layer', 'has_transformers', 'mixtral_block', 'original', 'original_layer', 'make_pass', 'make_model',
            'mixtral_model', 'original_model', 'make_step', 'interleaved', 'neighbour_ratio', 'prepare_process',
            'machine', 'resident', 'measure_peak', 'peak_memory', 'report', 'layer', 'step', 'scale', 'table',
-           'check_bench', 'main']
+           'check_bench', 'heading', 'main']
 
 # %% ../nbs/14_bench.ipynb #imports
 import importlib.util, io, json, math, multiprocessing, platform, statistics, sys, time
@@ -229,11 +229,12 @@ def peak_memory(name: str, b: Bench, make: Callable = make_pass) -> float:
 # %% ../nbs/14_bench.ipynb #report
 def report(cases: dict[str, tuple[str, str]], make: Callable, b: Bench) -> list[dict]:
     "Median milliseconds and peak memory of each case, and its ratio to the two it is to be compared with."
+    peaks = {name: peak_memory(name, b, make) / 2**30 for name in cases}        # first: this process holds nothing yet
     times = interleaved({name: make(name, b) for name in cases}, b.repeats)
     return [dict(case=name, ms=1e3 * statistics.median(times[name]),
                  times_twin=neighbour_ratio(times[name], times[twin]),
-                 times_moe=neighbour_ratio(times[name], times[moe]),
-                 peak_gib=peak_memory(name, b, make) / 2**30) for name, (twin, moe) in cases.items()]
+                 times_moe=neighbour_ratio(times[name], times[moe]), peak_gib=peaks[name])
+            for name, (twin, moe) in cases.items()]
 
 def layer(b: Bench) -> list[dict]:
     "The layer's cases: ours, its twin, and, where they are at hand, Hugging Face's and nanoMoE's."
@@ -251,15 +252,15 @@ def step(b: Bench) -> list[dict]:
     return report(cases | {name: ('modern twin', 'modern') for name in gated}, make_step, b)
 
 def scale(b: Bench) -> list[dict]:
-    "Tokens per second of the layer and its twin over N, where linear cost keeps the rate, and over E."
+    "Thousands of tokens per second of the layer's cases over N, where linear cost keeps the rate, and over E."
     sizes = [(n, b.n_experts) for n in (1024, 4096, 16384, 65536)]
     sizes += [(4096, e) for e in (4, 16, 64) if e >= b.top_k]
+    gated = ['moe swiglu', 'Mixtral eager', 'Mixtral grouped_mm'] if has_transformers() else []
     rows = []
     for n, e in sizes:
         size = replace(b, n_tokens=n, n_experts=e)
-        times = interleaved({name: make_pass(name, size) for name in ('twin', 'moe')}, b.repeats)
-        rows.append(dict(n_tokens=n, n_experts=e) | {f'{name}_tok_per_s': n / statistics.median(times[name])
-                                                     for name in times})
+        times = interleaved({name: make_pass(name, size) for name in ['twin', 'moe', *gated]}, b.repeats)
+        rows.append(dict(N=n, E=e) | {name: n / statistics.median(times[name]) / 1e3 for name in times})
     return rows
 
 # %% ../nbs/14_bench.ipynb #table
@@ -286,6 +287,13 @@ def check_bench(b: Bench):
         raise BadInput(f'json must be a file in a folder that exists, got {b.json}')
 
 # %% ../nbs/14_bench.ipynb #main
+def heading(what: str, b: Bench) -> str:
+    "What was timed."
+    if what == 'step': return f'whole step of {b.preset}, {b.batch_size} rows'
+    sizes = f'C {b.n_embd}, F {b.expert_width}, K {b.top_k}'
+    if what == 'scale': return f'thousands of tokens per second, forward + backward, {sizes}'
+    return f'forward + backward, N {b.n_tokens}, E {b.n_experts}, {sizes}'
+
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.bench {layer,step,scale} [--dtype bfloat16] [--against CLONE] …`"
     argv = sys.argv[1:] if argv is None else argv
@@ -298,11 +306,7 @@ def main(argv: list[str] | None = None):
         prepare_process(b)
         rows = {'layer': layer, 'step': step, 'scale': scale}[argv[0]](b)
     print(', '.join(f'{key} {value}' for key, value in machine(b).items()))
-    if argv[0] == 'step': print(f'whole step of {b.preset}, {b.batch_size} rows; medians of {b.repeats}, interleaved')
-    else:
-        print(f'forward + backward, N {b.n_tokens}, C {b.n_embd}, F {b.expert_width}, E {b.n_experts}, K {b.top_k}; '
-              f'medians of {b.repeats}, interleaved')
-    print(table(rows))
+    print(f'{heading(argv[0], b)}; medians of {b.repeats}, interleaved', table(rows), sep='\n')
     if b.json:
         with open(b.json, 'w') as f:
             json.dump(dict(what=argv[0], settings=asdict(b), machine=machine(b), rows=rows), f, indent=1)

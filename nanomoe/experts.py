@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['activate', 'n_inputs', 'MLP', 'by_slices', 'outer_by_slices', 'by_grouped_mm', 'outer_by_grouped_mm', 'missing',
-           'widened', 'grouped_product', 'grouped_outer', 'two_layers', 'Experts', 'TakeRows', 'WeighRows', 'MoE']
+           'widened', 'grouped_product', 'grouped_outer', 'two_layers', 'Experts', 'TakeRows', 'WeighRows', 'dropless',
+           'queued', 'taken', 'MoE']
 
 # %% ../nbs/06_experts.ipynb #imports
 import math
@@ -47,14 +48,14 @@ class MLP(nn.Module):
 # %% ../nbs/06_experts.ipynb #grouped-product
 def by_slices(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     "Rows x (M, in) times each one's matrix of w (E, in, out), expert by expert: (M, out)."
-    out, start = x.new_empty(len(x), w.size(2)), 0
-    for e, end in enumerate(ends.tolist()): torch.mm(x[start:end], w[e], out=out[start:(start := end)])
+    out, sizes = x.new_empty(len(x), w.size(2)), ends.diff(prepend=ends.new_zeros(1)).tolist()
+    for rows, matrix, result in zip(x.split(sizes), w, out.split(sizes)): torch.mm(rows, matrix, out=result)
     return out
 
 def outer_by_slices(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     "The sum over each expert's rows of x (M, in) times y (M, out): (E, in, out)."
-    out, start = x.new_empty(len(ends), x.size(1), y.size(1)), 0
-    for e, end in enumerate(ends.tolist()): torch.mm(x[start:end].T, y[start:(start := end)], out=out[e])
+    out, sizes = x.new_empty(len(ends), x.size(1), y.size(1)), ends.diff(prepend=ends.new_zeros(1)).tolist()
+    for rows, others, result in zip(x.split(sizes), y.split(sizes), out): torch.mm(rows.T, others, out=result)
     return out
 
 def by_grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -170,6 +171,37 @@ class WeighRows(torch.autograd.Function):
         weight = gates.flatten().index_select(0, order).unsqueeze(1)
         return each.mul_(weight.to(each.dtype)), to_gates.to(gates.dtype), None, None
 
+# %% ../nbs/06_experts.ipynb #dropless
+def dropless(experts: Experts, x: Tensor, r: Routing) -> Tensor:
+    "Sort the choices of x (N, C) by expert, run each expert on its rows, bring the results back and weigh them."
+    (N, K), E = r.expert_ids.shape, r.probs.size(1)
+    by_expert, order = r.expert_ids.flatten().sort(stable=True)         # (N·K,)
+    back = torch.empty_like(order).index_copy_(0, order, torch.arange(N * K, device=x.device))
+    ends = torch.searchsorted(by_expert, torch.arange(E, device=x.device), right=True, out_int32=True)
+    y = experts(TakeRows.apply(x, order // K, back, K), ends)           # (N·K, C)
+    return WeighRows.apply(y, r.gates, order, back)
+
+# %% ../nbs/06_experts.ipynb #queued
+def queued(experts: Experts, x: Tensor, r: Routing, cfg: ModelConfig, factor: float, n_rows: int) -> tuple[Tensor, Routing]:
+    "Run the experts on queues of x (N, C), `factor` fair shares long: the results (N, C) and who was kept."
+    E, groups = cfg.n_experts, n_rows if cfg.capacity_over == 'sequence' else 1     # of tokens that share queues
+    n = len(x) // groups
+    capacity = expert_capacity(n, E, cfg.top_k, factor, cfg.min_capacity)
+    group = torch.arange(len(x), device=x.device).unsqueeze(1) // n
+    slots = assign_slots(r.expert_ids * groups + group, E * groups, capacity, cfg.priority, r.gates)
+    inputs = dispatch(x, slots, E * groups)                             # (E·G, S, C)
+    y = experts(inputs.view(E, groups * capacity, -1))                  # (E, G·S, C)
+    return combine(y, r.gates, slots), r._replace(kept=slots.kept)
+
+# %% ../nbs/06_experts.ipynb #taken
+def taken(experts: Experts, x: Tensor, r: Routing, size: int) -> Tensor:
+    "Run each expert on the `size` tokens of x (N, C) that it took, and add the results up where they came from."
+    mask = torch.zeros_like(r.kept).scatter(1, r.expert_ids, r.kept)                # (N, E)
+    tokens = mask.T.int().sort(descending=True, stable=True).indices[:, :size]      # (E, S), in order
+    gates = r.probs.T.gather(1, tokens).unsqueeze(-1)                   # (E, S, 1)
+    y = experts(x.index_select(0, tokens.flatten()).view(*tokens.shape, -1))        # (E, S, C)
+    return torch.zeros_like(x).index_add(0, tokens.flatten(), (y * gates.to(y.dtype)).flatten(0, 1))
+
 # %% ../nbs/06_experts.ipynb #moe
 class MoE(nn.Module):
     """A mixture of experts in place of an MLP: x (B, T, C) -> (same shape, its `Routing`).
@@ -188,38 +220,8 @@ class MoE(nn.Module):
         routing, device = self.router(tokens, ids), x.device.type
         if torch.is_autocast_enabled(device): tokens = tokens.to(torch.get_autocast_dtype(device))
         factor = self.cfg.capacity_factor if self.training else self.cfg.eval_capacity_factor
-        if self.cfg.router == 'expert_choice': y = self.taken(tokens, routing)
-        elif factor is None: y = self.dropless(tokens, routing)
-        else: y, routing = self.queued(tokens, routing, factor, len(x))
+        if self.cfg.router == 'expert_choice': y = taken(self.experts, tokens, routing, self.router.n_taken(len(tokens)))
+        elif factor is None: y = dropless(self.experts, tokens, routing)
+        else: y, routing = queued(self.experts, tokens, routing, self.cfg, factor, len(x))
         if self.shared: y = y + self.shared(tokens)
         return y.view(x.shape), routing
-
-    def dropless(self, x: Tensor, r: Routing) -> Tensor:
-        "Sort the choices by expert, run each expert on its rows, bring the results back and weigh them."
-        (N, K), E = r.expert_ids.shape, self.cfg.n_experts
-        by_expert, order = r.expert_ids.flatten().sort(stable=True)     # (N·K,)
-        back = torch.empty_like(order).index_copy_(0, order, torch.arange(N * K, device=x.device))
-        ends = torch.searchsorted(by_expert, torch.arange(E, device=x.device), right=True, out_int32=True)
-        y = self.experts(TakeRows.apply(x, order // K, back, K), ends)  # (N·K, C)
-        return WeighRows.apply(y, r.gates, order, back)
-
-    def queued(self, x: Tensor, r: Routing, factor: float, n_rows: int) -> tuple[Tensor, Routing]:
-        "Give each choice a slot while there are any, and run all experts on queues of equal length."
-        cfg, E = self.cfg, self.cfg.n_experts
-        groups = n_rows if cfg.capacity_over == 'sequence' else 1       # of tokens that share queues
-        n = len(x) // groups
-        capacity = expert_capacity(n, E, cfg.top_k, factor, cfg.min_capacity)
-        group = torch.arange(len(x), device=x.device).unsqueeze(1) // n
-        slots = assign_slots(r.expert_ids * groups + group, E * groups, capacity, cfg.priority, r.gates)
-        inputs = dispatch(x, slots, E * groups)                         # (E·G, S, C)
-        y = self.experts(inputs.view(E, groups * capacity, -1))         # (E, G·S, C)
-        return combine(y, r.gates, slots), r._replace(kept=slots.kept)
-
-    def taken(self, x: Tensor, r: Routing) -> Tensor:
-        "Run each expert on the tokens it took, and add the results up where they came from."
-        size = self.router.n_taken(len(x))
-        mask = torch.zeros_like(r.kept).scatter(1, r.expert_ids, r.kept)                # (N, E)
-        tokens = mask.T.int().sort(descending=True, stable=True).indices[:, :size]      # (E, S), in order
-        gates = r.probs.T.gather(1, tokens).unsqueeze(-1)               # (E, S, 1)
-        y = self.experts(x.index_select(0, tokens.flatten()).view(*tokens.shape, -1))   # (E, S, C)
-        return torch.zeros_like(x).index_add(0, tokens.flatten(), (y * gates.to(y.dtype)).flatten(0, 1))
