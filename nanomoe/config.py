@@ -77,11 +77,13 @@ class TrainConfig:
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # steps between log lines
     checkpoint_interval: int = 2000  # steps between checkpoints
-    keep_checkpoints: int = 2  # how many of the newest are kept
+    keep_checkpoints: int = 2  # how many of the newest are kept, beside the best
+    allow_changed: str | None = None  # knobs that a continued run may have anew, such as top_k,balance
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; auto is bfloat16 if supported
     backend: str = 'auto'  # of torch.distributed; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere
+    hang_timeout: int = 600  # seconds without progress after which processes end; 0 waits for ever
     seed: int = 1337  # of weights, batches, dropout and noise
     tracker: Literal['none', 'wandb'] = 'none'  # where records go besides log.jsonl
     run_name: str | None = None  # name shown by the tracker; None is the folder's name
@@ -170,7 +172,7 @@ def train_problems(t: TrainConfig) -> list[str]:
     need(t.warmup_iters >= 0, f'warmup_iters must be at least 0, got {t.warmup_iters}')
     need(t.lr_decay_iters is None or t.lr_decay_iters >= 1,
          f'lr_decay_iters must be at least 1, or None, got {t.lr_decay_iters}')
-    for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip'):
+    for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'hang_timeout'):
         v = getattr(t, name)
         need(math.isfinite(v) and v >= 0, f'{name} must be a finite number of at least 0, got {v}')
     need(not (t.decay_lr and t.min_lr > t.learning_rate),
