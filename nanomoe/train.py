@@ -52,12 +52,13 @@ def orthogonalised(m: Tensor, steps: int = 5) -> Tensor:
 
     Newton–Schulz with the quintic of Muon (Jordan et al. 2024; 2502.16982 §2.1) leaves them between about 0.7 and 1.2.
     """
-    x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)).reshape(-1, *m.shape[-2:])
     if tall := m.size(-2) > m.size(-1): x = x.mT
     for _ in range(steps):
         a = x @ x.mT
-        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
-    return x.mT if tall else x
+        a = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)          # 2.0315 a² - 4.7750 a
+        x = torch.baddbmm(x, a, x, beta=3.4445)                         # 3.4445 x + a x
+    return (x.mT if tall else x).reshape(m.shape)
 
 # %% ../nbs/12_train.ipynb #muon
 class Muon(torch.optim.AdamW):
