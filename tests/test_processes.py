@@ -137,6 +137,15 @@ def test_another_shape_or_other_data_do_not_continue_a_run(alone):
         assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_routing_may_change_in_mid_run_where_it_is_named(alone, tmp_path):
+    shutil.copytree(alone, tmp_path/'run')
+    command = [sys.executable, *TINY, f'--out_dir={tmp_path}/run', '--top_k=1', '--max_iters=62']
+    run([*command, '--allow_changed=top_k'])
+    assert [sum(log(tmp_path/'run')[i]['load'][0]) for i in (59, 60, 61)] == [1024, 512, 512]     # N·K
+    done = subprocess.run([*command, '--allow_changed=n_embd'], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'allow_changed must name some of top_k, gates' in done.stderr
+
+
 def test_global_balance_is_that_of_the_joint_batch(tmp_path):
     "Two processes with half a batch each, statistics over both: the run of one process with the whole batch."
     both = ['--balance_over=global', '--balance_weight=1', '--capacity_factor=None']
