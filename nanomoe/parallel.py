@@ -7,7 +7,7 @@ __all__ = ['find_device', 'find_dtype', 'cpu_has_bfloat16', 'World', 'Heartbeat'
            'share_gradients', 'quietly', 'my_micro_batches']
 
 # %% ../nbs/11_parallel.ipynb #imports
-import os, socket, sys, threading, time
+import math, os, socket, sys, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -72,7 +72,7 @@ class Heartbeat:
     """
     def __init__(self, store, rank: int, size: int, timeout: float):
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.count, self.since, self.stopped = 0, time.monotonic(), threading.Event()
+        self.count, self.since, self.stopped = 0, math.inf, threading.Event()      # no clock before the first beat
         self.tell()
         threading.Thread(target=self.watch, daemon=True).start()
 

@@ -114,6 +114,18 @@ def test_a_stopped_run_continues_bit_for_bit(alone, tmp_path, stop):
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
+def test_a_stop_leaves_no_trace_in_the_log(alone, tmp_path):
+    "Lines at the usual steps only, although it stopped and began again between them."
+    command = [sys.executable, *TINY, '--log_interval=7', f'--out_dir={tmp_path}']
+    stopped = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    wait_for_step(tmp_path, 2)                                          # two lines: steps 1 and 7
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=60)
+    run(command)
+    usual = [row for row in log(alone) if row['step'] in (1, 60) or row['step'] % 7 == 0 or row['step'] % 30 == 0]
+    assert untimed(log(tmp_path)) == untimed(usual)
+
+
 def test_ctrl_c_under_torchrun(alone, tmp_path):
     command = torchrun('--standalone', '--nproc_per_node=2', *TINY, f'--out_dir={tmp_path}')
     stopped = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
