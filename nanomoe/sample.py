@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .attention import KVCache
-from .config import BadInput, from_command_line, one_sentence, resolve
+from .config import BadInput, from_command_line, one_sentence
 from .data import load_tokenizer, read_text
 from .model import GPT
 from .parallel import find_device
-from .pretrained import load_run
+from .pretrained import load_run, run_folder
 from .router import Routing
 
 # %% ../nbs/13_sample.ipynb #distribution
@@ -74,8 +74,8 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
 
 # %% ../nbs/13_sample.ipynb #load
 def load(out_dir: str | Path, device: str = 'auto'):
-    "(model, tokenizer) of a run's newest good checkpoint; raises `BadInput` when there is none."
-    return load_run(out_dir).to(find_device(device)).eval(), load_tokenizer(resolve(out_dir))
+    "(model, tokenizer) of a run's newest good checkpoint, or of one step's; raises `BadInput` when there is none."
+    return load_run(out_dir).to(find_device(device)).eval(), load_tokenizer(run_folder(out_dir))
 
 def prompt(tokenizer, text: str) -> Tensor:
     "Ids (1, T) that begin a text: the end of a document, then the text."

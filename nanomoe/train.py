@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names', 'routing_stats', 'Health', 'health', 'Record',
            'evaluate', 'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Level', 'Trainer',
-           'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'open_data',
-           'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume', 'check_resume', 'restore', 'make_record',
-           'mean', 'evaluation', 'due', 'begin_files', 'routed_text', 'train', 'finish', 'records', 'any_process',
-           'evaluated', 'log', 'live_line', 'show', 'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave',
-           'train_all']
+           'meet', 'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'check_folder',
+           'open_data', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume',
+           'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'routed_text', 'train',
+           'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show', 'summary', 'reached', 'main',
+           'watch', 'make_tracker', 'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
 import ctypes, dataclasses, gc, importlib.util, json, math, os, platform, shlex, shutil, signal, subprocess, sys
@@ -34,7 +34,8 @@ from .data import (TokenFile, all_windows, batch_at, load_tokenizer, mixed, n_wi
 from .experts import MoE
 from .losses import update_bias
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
-from .parallel import World, all_reduce, find_dtype, my_micro_batches, process_group, quietly, share_gradients
+from .parallel import (World, all_reduce, find_dtype, launched_world, my_micro_batches, process_group, quietly,
+                              share_gradients)
 from .pretrained import initial_weights
 from .router import Routing, expert_counts
 
@@ -278,12 +279,16 @@ class Level(NamedTuple):
 
 # %% ../nbs/12_train.ipynb #trainer
 class Trainer:
-    "Everything one run owns. Raises `BadInput` if its settings, its folder and the machine do not fit together."
+    """Everything one run owns. Raises `BadInput` if its settings, its folder and the machine do not fit together.
+
+    A process makes its own before it meets the others, so that nothing has begun when something is refused.
+    """
     def __init__(self, model_cfg: ModelConfig, cfg: TrainConfig, world: World):
         self.cfg, self.world, self.out_dir = cfg, world, resolve(cfg.out_dir)
         self.dtype = find_dtype(cfg.dtype, world.device)
         self.micro_batches = my_micro_batches(cfg.gradient_accumulation_steps, world)
-        self.data, self.val = open_data(cfg.dataset, model_cfg.block_size, world)
+        if not cfg.eval_only: check_folder(self.out_dir)
+        self.data, self.val = open_data(cfg.dataset, model_cfg.block_size)
         self.model_cfg = fit_vocabulary(model_cfg, self.data)
         resumed = find_resume(self)
         torch.manual_seed(cfg.seed)
@@ -292,17 +297,26 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self.saver, self.level = checkpoint.Saver(), Level()
+        self.saver, self.level, self.newest = checkpoint.Saver(), Level(), None
         self.log, self.samples = Lines(self.out_dir/'log.jsonl'), Lines(self.out_dir/'samples.jsonl')
         if resumed: restore(self, resumed)
         if cfg.compile or (cfg.compile is None and world.device.type == 'cuda'): self.model.compile()
-        self.shared = share_gradients(self.model, world)
+        self.shared = self.model
         self.autocast = torch.autocast(world.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.peak = peak_flops(world.device, self.dtype) * world.size
 
     @property
     def tokens_per_step(self) -> int:
         return self.cfg.gradient_accumulation_steps * self.cfg.batch_size * self.model_cfg.block_size
+
+def meet(run: Trainer, world: World):
+    "All processes are there: from now on they share gradients. Raises `BadInput` where they hold different steps."
+    run.world, here = world, torch.tensor(float(run.step), device=world.device)
+    oldest, newest = all_reduce(here.clone(), 'min'), all_reduce(here, 'max')
+    if oldest != newest:
+        raise BadInput(f'the processes would continue from steps {oldest:.0f} to {newest:.0f}; '
+                       f'out_dir {run.out_dir} must hold the same checkpoints on every machine')
+    run.shared = share_gradients(run.model, world)
 
 # %% ../nbs/12_train.ipynb #micro-batch
 def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
@@ -371,16 +385,33 @@ def validate(run: Trainer, everything: bool) -> dict:
     return evaluate(run.model, run.val, starts, B, run.autocast, run.world)
 
 # %% ../nbs/12_train.ipynb #trainer-helpers
-def open_data(dataset: str, block_size: int, world: World) -> tuple[TokenFile, TokenFile]:
+def check_folder(folder: Path):
+    "Raise `BadInput` unless a run can be written into the folder, which must not hold the files of another program."
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f'out_dir {folder} cannot be written: {there} is {"read-only" if there.is_dir() else "a file"}')
+    ours, theirs = folder/'config.json', [name for name in ('config.json', 'tokenizer.json') if (folder/name).exists()]
+    if theirs and not (ours.exists() and b'"out_dir"' in ours.read_bytes()):
+        raise BadInput(f'out_dir {folder} holds the {theirs[0]} of another program; use another --out_dir')
+
+def open_data(dataset: str, block_size: int) -> tuple[TokenFile, TokenFile]:
     "The training and validation split; the preset `tiny` has its arithmetic written on first use."
-    first_here = os.environ.get('LOCAL_RANK', '0') == '0'
-    for turn in (world.first, first_here):                              # then machines that share no folder
-        if dataset == 'numbers' and turn and not (resolve('data/numbers')/'manifest.json').exists():
-            prepare('numbers')
-        if world.size > 1: dist.barrier()
+    if dataset == 'numbers' and not (resolve('data/numbers')/'manifest.json').exists(): write_numbers()
     train, val = TokenFile(dataset, 'train'), TokenFile(dataset, 'val')
     n_windows(train, block_size)
+    if load_tokenizer(train.folder).n_vocab != train.vocab_size:
+        raise BadInput(f'{train.folder} holds a tokenizer that is not its own; prepare the dataset again')
     return train, val
+
+def write_numbers():
+    "Prepare `data/numbers`; of many processes that do so at once, the first to finish gives its own the name."
+    final = resolve('data/numbers')
+    made = final.with_name(f'.numbers-{platform.node()}-{os.getpid()}')
+    prepare('numbers', made)
+    try: os.replace(made, final)
+    except OSError as e:
+        shutil.rmtree(made)
+        if not (final/'manifest.json').exists(): raise BadInput(f'{final} cannot be written: {e.strerror}') from None
 
 def fit_vocabulary(cfg: ModelConfig, data: TokenFile) -> ModelConfig:
     "The configuration with the dataset's vocabulary where it names none; `BadInput` where its own is too small."
@@ -399,10 +430,11 @@ def save(run: Trainer):
     "Begin a checkpoint of this step from the first process; it is written while training goes on."
     if not run.world.first: return
     saved(run)                                                          # the one before
+    run.log.write(sync=True)                                            # no line before this step may be missing later
     names = parameter_names(run.model, run.optimizer)
     tensors = {'model': run.model.state_dict(), 'optim': checkpoint.optimizer_tensors(run.optimizer, names)}
     meta = {'config': to_dict(run.model_cfg, run.cfg), 'data': fingerprint(run.data), 'skipped': run.skipped,
-            'scaler': run.scaler.state_dict(), 'level': run.level}
+            'scaler': run.scaler.state_dict(), 'level': run.level, 'record': run.newest}
     run.saver.save(run.out_dir, run.step, tensors, meta, run.cfg.keep_checkpoints, checkpoint.best_step(run.out_dir))
 
 def saved(run: Trainer) -> bool:
@@ -415,17 +447,12 @@ def saved(run: Trainer) -> bool:
     return True
 
 def find_resume(run: Trainer) -> checkpoint.Checkpoint | None:
-    "The checkpoint that all processes continue from; raises `BadInput` where that cannot be what was meant."
+    "The checkpoint that a run continues from; raises `BadInput` where that cannot be what was meant."
     found, folder = checkpoint.load_latest(run.out_dir), run.out_dir
     if found: check_resume(found, run)
     elif checkpoint.steps(folder):
         raise BadInput(f'{folder} holds checkpoints, but none can be read; remove them to start anew, '
                        'or use another --out_dir')
-    here = torch.tensor(float(found.step if found else 0), device=run.world.device)
-    oldest, newest = all_reduce(here.clone(), 'min'), all_reduce(here, 'max')
-    if oldest != newest:
-        raise BadInput(f'the processes would continue from steps {oldest:.0f} to {newest:.0f}; '
-                       f'out_dir {folder} must hold the same checkpoints on every machine')
     return found
 
 def check_resume(found: checkpoint.Checkpoint, run: Trainer):
@@ -452,11 +479,13 @@ def restore(run: Trainer, found: checkpoint.Checkpoint):
     names = parameter_names(run.model, run.optimizer)
     checkpoint.load_optimizer(run.optimizer, names, found.tensors['optim'])
     if found.meta['scaler'] and run.scaler.is_enabled(): run.scaler.load_state_dict(found.meta['scaler'])
-    run.step, run.skipped, run.level = found.step, found.meta['skipped'], Level(*found.meta.get('level', ()))
+    run.step, run.skipped, run.level = found.step, found.meta['skipped'], Level(*found.meta['level'])
+    newest = Record(*found.meta['record'])
+    run.newest = newest._replace(health=Health(*newest.health))
 
 # %% ../nbs/12_train.ipynb #make-record
-def make_record(run: Trainer, stats: Tensor, norm: float, tok_per_s: float, val: dict) -> Record:
-    "One step's summed statistics as the figures a log line has."
+def make_record(run: Trainer, stats: Tensor, norm: float, tok_per_s: float) -> Record:
+    "One step's summed statistics as the figures a log line has, but for those of an evaluation."
     cfg, model_cfg = run.cfg, run.model_cfg
     ce, balance, z = (stats[:3] / cfg.gradient_accumulation_steps).tolist()
     layers = stats[3:].view(-1, model_cfg.n_experts + 4)                # (L, E+4)
@@ -466,17 +495,20 @@ def make_record(run: Trainer, stats: Tensor, norm: float, tok_per_s: float, val:
                   load=layers[:, :-4].int().tolist(), drop_rate=mean(each.drop_rate), entropy=mean(each.entropy),
                   health=each, grad_norm=norm, lr=lr_at(run.step - 1, cfg), tok_per_s=tok_per_s,
                   mfu=tok_per_s * flops_per_token(model_cfg) / run.peak, skipped=run.skipped,
-                  spikes=run.level.spikes, val=val)
+                  spikes=run.level.spikes, val={})
 
 def mean(values: list[float]) -> float: return sum(values) / max(len(values), 1)
 
-def evaluation(run: Trainer, everything: bool) -> Record:
+def evaluation(run: Trainer) -> Record:
     "A record of the weights as they are: validation figures, and None for what only an update has."
     missing = dict.fromkeys(Record._fields)
     return Record(**missing | dict(step=run.step, tokens=run.step * run.tokens_per_step, skipped=run.skipped,
-                                   spikes=run.level.spikes, val=validate(run, everything)))
+                                   spikes=run.level.spikes, val=validate(run, everything=False)))
 
-def due(step: int, interval: int, last: int) -> bool: return step % interval == 0 or step == last
+def due(run: Trainer, what: str) -> bool:
+    "Whether this step is one for `eval`, `log` or `checkpoint`: each at its interval and at the end; the first is logged too."
+    at_interval = run.step % getattr(run.cfg, f'{what}_interval') == 0 or run.step == run.cfg.max_iters
+    return at_interval or what == 'log' and (run.step == 1 or due(run, 'eval'))
 
 # %% ../nbs/12_train.ipynb #log-file
 def begin_files(run: Trainer):
@@ -487,7 +519,9 @@ def begin_files(run: Trainer):
         checkpoint.sweep(run.out_dir)
         (run.out_dir/'config.json').write_text(json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
         shutil.copyfile(run.data.folder/'tokenizer.json', run.out_dir/'tokenizer.json')
-        for name in ('log.jsonl', 'samples.jsonl'): cut_log(run.out_dir/name, run.step)
+        cut_log(run.log.path, run.step)
+        logged = [0] + [row['step'] for row in read_log(run.log.path)]
+        cut_log(run.samples.path, logged[-1])                           # an evaluation's line comes after its samples
     except OSError as e: raise BadInput(f'out_dir {run.out_dir} cannot be written: {e.strerror}') from None
 
 # %% ../nbs/12_train.ipynb #samples
@@ -514,10 +548,12 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
     Raises `BadInput` for settings that break a rule, and `RuntimeError` when the loss stays not finite.
     """
     check(model_cfg, train_cfg)
+    run = Trainer(model_cfg, train_cfg, launched_world(train_cfg.device))
     with process_group(train_cfg.device, train_cfg.backend, train_cfg.hang_timeout) as world:
+        meet(run, world)
         if world.device.type == 'cpu': keep_freed_memory()
-        run = Trainer(model_cfg, train_cfg, world)
-        if not train_cfg.eval_only: begin_files(run)                    # an evaluation leaves the folder as it is
+        if train_cfg.eval_only: yield evaluation(run); return           # it leaves the folder as it is
+        begin_files(run)
         with StopRequest() as stop:
             try: yield from records(run, stop)
             finally: finish(run)
@@ -530,37 +566,36 @@ def finish(run: Trainer):
 
 def records(run: Trainer, stop: StopRequest) -> Iterator[Record]:
     "The training loop: update, save, evaluate, log, each when it is due."
-    cfg, last = run.cfg, run.cfg.max_iters
-    if cfg.eval_only: yield evaluation(run, everything=False); return
+    if any_process(run, run.world.first and owes_line(run)): yield log(run)
     clock, since = time.perf_counter(), run.step
-    while run.step < last:
+    while run.step < run.cfg.max_iters:
         stats, norm = update(run)
-        halt = any_process(run, bool(stop.signals))
-        if halt or due(run.step, cfg.checkpoint_interval, last): save(run)
-        evaluating = due(run.step, cfg.eval_interval, last)
-        logging = evaluating or run.step == 1 or due(run.step, cfg.log_interval, last)
-        if logging or halt:
+        halt, logging = any_process(run, bool(stop.signals)), due(run, 'log')
+        if halt or logging or due(run, 'checkpoint'):
             rate = (run.step - since) * run.tokens_per_step / (time.perf_counter() - clock)
-            val = validate(run, everything=run.step == last) if evaluating else {}
-            record = make_record(run, stats, norm, rate, val)
-            yield log(run, record) if logging else record               # a stop leaves no trace in the log
+            run.newest = make_record(run, stats, norm, rate)
+        if halt or due(run, 'checkpoint'): save(run)
+        if halt and (due(run, 'eval') or not logging): yield run.newest; return      # its line is the next start's
+        if logging:
+            yield log(run)
             clock, since = time.perf_counter(), run.step
         if halt: return
-    if any_process(run, run.world.first and not evaluated(run)): yield log(run, evaluation(run, everything=True))
+
+def owes_line(run: Trainer) -> bool:
+    "Whether the process before, cut off between a checkpoint and its line in the log, left that line to be written."
+    return run.step > 0 and due(run, 'log') and [row['step'] for row in read_log(run.log.path)][-1:] != [run.step]
 
 def any_process(run: Trainer, here: bool) -> bool:
     "Whether any process says so; all of them get the same answer."
     return all_reduce(torch.tensor(float(here), device=run.world.device), 'max').item() > 0
 
-def evaluated(run: Trainer) -> bool:
-    "Whether the log has an evaluation of this step; a run cut off in its last one has not."
-    return any(row['step'] == run.step and 'val_ce' in row for row in read_log(run.out_dir/'log.jsonl'))
-
-def log(run: Trainer, record: Record) -> Record:
-    "Append a record, and at evaluations the routed text, to the run's files; returns the record."
+def log(run: Trainer) -> Record:
+    "Append the newest record, at evaluations with their figures and the routed text, to the run's files; returns it."
+    record = run.newest
+    if due(run, 'eval'): record = record._replace(val=validate(run, everything=run.step == run.cfg.max_iters))
     if run.world.first:
-        run.log.append(record.row())
         for row in routed_text(run) if record.val else []: run.samples.append(row)
+        run.log.append(record.row())
     return record
 
 # %% ../nbs/12_train.ipynb #main

@@ -199,9 +199,7 @@ def test_a_last_evaluation_that_was_cut_off_is_made_up_for(alone, tmp_path):
     rows = (alone/'log.jsonl').read_text().splitlines()
     (tmp_path/'run'/'log.jsonl').write_text('\n'.join(rows[:-1]) + '\n')
     run([sys.executable, *TINY, f'--out_dir={tmp_path}/run'])
-    made, before = log(tmp_path/'run')[-1], log(alone)[-1]
-    assert 'ce' not in made and made['step'] == 60
-    assert {key: before[key] for key in made} == made
+    assert log(tmp_path/'run') == log(alone)
 
 
 def test_an_evaluation_leaves_the_folder_as_it_is(alone, tmp_path):
