@@ -1,21 +1,337 @@
-"""What happens to a run when something outside it goes wrong: real processes, real stops."""
+"""What happens to a run when something outside it goes wrong: real processes, real signals, real full disks.
+
+`pytest tests/test_survival.py --soak -s` breaks things a hundred times and says what came of it.
+"""
 import json
 import math
+import multiprocessing
 import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from nanomoe import checkpoint
+import numpy as np
+import pytest
+import torch
+
+from nanomoe import checkpoint, data, train
 
 TINY = ['tiny', '--log_interval=1', '--device=cpu']
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
+forks = multiprocessing.get_context('forkserver')           # a process that has imported torch starts in milliseconds
+forks.set_forkserver_preload(['nanomoe.train'])
 
 
-def torchrun(program, *words, **kwargs) -> subprocess.CompletedProcess:
+def life(words: list[str], diary: Path):
+    "A process of `nanomoe.train` that notes which samples it reads, until it ends or is killed."
+    torch.set_num_threads(1)
+    real = train.training_batch
+    def noted(dataset, first, batch_size, *rest):
+        with open(diary, 'a') as f: f.write(f'{first} {batch_size}\n')
+        return real(dataset, first, batch_size, *rest)
+    train.training_batch = noted
+    with open(diary.with_suffix('.said'), 'a') as f:
+        os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
+    train.main(words)
+
+
+def start(words: list[str], diary: Path) -> multiprocessing.Process:
+    process = forks.Process(target=life, args=(words, diary))
+    process.start()
+    return process
+
+
+def untimed(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ('tok_per_s', 'mfu')} for row in checkpoint.read_log(folder/'log.jsonl')]
+
+
+def assert_equal_runs(one: Path, other: Path):
+    "The same log lines, and bit by bit the same weights and moments at the end."
+    assert untimed(one) == untimed(other)
+    a, b = (checkpoint.load_latest(folder) for folder in (one, other))
+    assert a.step == b.step
+    for group in ('model', 'optim'):
+        assert a.tensors[group].keys() == b.tensors[group].keys()
+        assert all(torch.equal(t, b.tensors[group][name]) for name, t in a.tensors[group].items())
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory) -> Path:
+    "A dataset so small that `tiny` reads it almost three times."
+    folder = tmp_path_factory.mktemp('data')/'small'
+    data.write_dataset(data.numbers_documents(12_000, lines=20), folder, 'bytes')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def words(small) -> list[str]: return [*TINY, f'--dataset={small}', '--checkpoint_interval=5']
+
+
+@pytest.fixture(scope='module')
+def whole(words, tmp_path_factory) -> Path:
+    "The run that nothing happened to, on one process."
+    folder = tmp_path_factory.mktemp('whole')
+    process = start([*words, f'--out_dir={folder}/run'], folder/'diary')
+    process.join()
+    assert process.exitcode == 0, (folder/'diary.said').read_text()
+    return folder
+
+
+def samples_of(diary: Path, steps_kept: list[int]) -> list[int]:
+    "The samples behind the final weights: of each life, given its diary, what the next one did not do again."
+    samples = []
+    for first, count in (map(int, line.split()) for line in diary.read_text().splitlines()):
+        if first < len(samples): assert first % 80 == 0 and first in steps_kept      # gone back to a checkpoint
+        samples = samples[:first]
+        assert first == len(samples)                        # none is left out
+        samples += range(first, first + count)
+    return samples
+
+
+def test_killed_at_random_moments(words, small, whole, tmp_path, seed, soak):
+    "SIGKILL during start-up, steps, saves and evaluations; what comes out is the run that nothing happened to."
+    dice, kills, finished, in_saves, redone = random.Random(seed), 0, 0, 0, 0
+    while kills < (100 if soak else 12) or finished == 0:
+        folder, diary = tmp_path/f'run-{finished}', tmp_path/f'diary-{finished}'
+        process = start([*words, f'--out_dir={folder}'], diary)
+        if dice.random() < 0.15: time.sleep(dice.random())                            # before the first step
+        else:
+            target = len(checkpoint.read_log(folder/'log.jsonl')) + dice.randint(1, 12)
+            while process.is_alive() and len(checkpoint.read_log(folder/'log.jsonl')) < target: time.sleep(0.002)
+            time.sleep(dice.random() * 0.06)
+        process.kill(); process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+            in_saves += bool(list(folder.glob('.tmp-*')))
+            found = checkpoint.load_latest(folder)          # says on stderr what cannot be read
+            redone += len(checkpoint.read_log(folder/'log.jsonl')) - (found.step if found else 0)
+            continue
+        said = diary.with_suffix('.said').read_text()
+        assert process.exitcode == 0 and 'Traceback' not in said and 'not what was written' not in said, said
+        assert_equal_runs(folder, whole/'run')
+        samples = samples_of(diary, range(0, 960, 80))
+        assert samples == samples_of(whole/'diary', [])
+        train_split = data.TokenFile(small, 'train')
+        n = data.n_windows(train_split, 32)
+        starts = data.window_starts(np.array(samples), n, 32, 1337)
+        for epoch in range(len(samples) // n):              # each window once per epoch, over kills and the epochs' edges
+            assert len(set(starts[epoch * n:(epoch + 1) * n])) == n
+        assert len(samples) > 2 * n
+        finished += 1
+    print(f'\n{kills} kills ({in_saves} while a checkpoint was being written), {finished} runs finished, all equal to the '
+          f'run without a kill; {redone} steps done again; seed {seed}')
+
+
+def keep_saving(root: Path, step: int):
+    "Save without pause, through the thread that training uses, until killed."
+    torch.set_num_threads(1)
+    saver, weight = checkpoint.Saver(), torch.zeros(200_000)
+    while True:
+        step += 1
+        saver.save(root, step, {'model': {'w': weight.fill_(step)}, 'optim': {'m': weight + 1}}, {})
+
+
+def test_killed_in_a_hundred_saves(tmp_path, seed):
+    dice, newest, in_saves = random.Random(seed), 0, 0
+    checkpoint.save(tmp_path, 0, {'model': {'w': torch.zeros(1)}, 'optim': {'m': torch.ones(1)}}, {})
+    for _ in range(100):
+        process = forks.Process(target=keep_saving, args=(tmp_path, newest))
+        process.start()
+        while process.is_alive() and checkpoint.steps(tmp_path)[-1].name <= f'step-{newest:08d}': time.sleep(0.001)
+        time.sleep(dice.random() * 0.02)
+        process.kill(); process.join()
+        in_saves += bool(list(tmp_path.glob('.tmp-*')))
+        found = checkpoint.load(checkpoint.steps(tmp_path)[-1])         # the newest of all: none is unreadable
+        assert found.step > newest
+        assert (found.tensors['model']['w'] == found.step).all() and (found.tensors['optim']['m'] == found.step + 1).all()
+        newest = found.step
+        checkpoint.sweep(tmp_path)
+    print(f'\n100 kills, {in_saves} in the middle of a save, {newest} saves in all, 0 unreadable; seed {seed}')
+    assert in_saves > 30
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 8 MiB; the test is left out where mounting is not allowed."
+    (tmp_path/'disk').mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'nanomoe-test', tmp_path/'disk'], capture_output=True).returncode:
+        pytest.skip('mounting is not allowed here; test_a_file_that_must_not_grow tries the same with a size limit')
+    yield tmp_path/'disk'
+    subprocess.run(['umount', '-l', tmp_path/'disk'], check=True)
+
+
+def wait_for_line(process, folder: Path, step: int):
+    while process.is_alive() and len(checkpoint.read_log(folder/'log.jsonl')) < step: time.sleep(0.005)
+
+
+def fill_disk(words: list[str], diary: Path, disk: Path):
+    "A life in which the disk is filled to the last byte before step 12 and emptied before step 28."
+    real = train.update
+    def update(run):
+        if run.step == 12:
+            with open(disk/'ballast', 'wb', buffering=0) as f:
+                for size in (65536, 1):
+                    try:
+                        while True: f.write(bytes(size))
+                    except OSError: pass
+        if run.step == 28: (disk/'ballast').unlink()
+        return real(run)
+    train.update = update
+    life(words, diary)
+
+
+def test_a_full_disk(words, whole, small_disk, tmp_path):
+    process = forks.Process(target=fill_disk, args=([*words, f'--out_dir={small_disk}/run'], tmp_path/'diary', small_disk))
+    process.start(); process.join()
+    said = (tmp_path/'diary.said').read_text()
+    assert process.exitcode == 0 and 'Traceback' not in said, said
+    assert said.count('a checkpoint could not be written') == 3         # of steps 15, 20 and 25
+    assert 'MiB are free' in said and said.count('log.jsonl cannot be written') == 1
+    assert_equal_runs(small_disk/'run', whole/'run')                    # no line is missing, none is there twice
+    print('\n' + next(line for line in said.splitlines() if 'could not be written' in line))
+
+
+def test_a_disk_that_stays_full(words, small_disk, whole, tmp_path):
+    "The run ends by saying so, the older checkpoint is there, and with room again the same command goes on."
+    (small_disk/'ballast').write_bytes(bytes(5 * 2**20))                # room for the first checkpoint, not for a third
+    command = [*words, f'--out_dir={small_disk}/run']
+    process = start(command, tmp_path/'diary')
+    process.join()
+    said = (tmp_path/'diary.said').read_text()
+    assert process.exitcode == 1 and 'the end of the run could not be written; make room on the disk' in said
+    assert checkpoint.load_latest(small_disk/'run').step in (5, 10)
+    (small_disk/'ballast').unlink()
+    process = start(command, tmp_path/'diary')
+    process.join()
+    assert process.exitcode == 0
+    assert_equal_runs(small_disk/'run', whole/'run')
+
+
+def limited(words: list[str], diary: Path, limit: int):
+    "A life in which no file may grow beyond `limit` bytes between steps 12 and 28."
+    real, hard = train.update, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    def update(run):
+        if run.step == 12: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        if run.step == 28: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return real(run)
+    train.update = update
+    life(words, diary)
+
+
+def test_a_file_that_must_not_grow(words, whole, tmp_path):
+    "There is room, and writing fails half-way all the same."
+    process = forks.Process(target=limited, args=([*words, f'--out_dir={tmp_path}/run'], tmp_path/'diary', 50_000))
+    process.start(); process.join()
+    said = (tmp_path/'diary.said').read_text()
+    assert process.exitcode == 0 and 'Traceback' not in said and 'File too large' in said, said
+    assert said.count('a checkpoint could not be written') == 3
+    assert_equal_runs(tmp_path/'run', whole/'run')
+
+
+def torchrun(program, *words, options=('--standalone', '--nproc_per_node=2'), **kwargs) -> subprocess.CompletedProcess:
     "The program on two processes."
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(program)]
+    command = [sys.executable, '-m', 'torch.distributed.run', *options, str(program)]
     return subprocess.run([*command, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, timeout=200, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def two(words, tmp_path_factory) -> Path:
+    "The run that nothing happened to, on two processes."
+    folder = tmp_path_factory.mktemp('two')
+    done = torchrun('-m', 'nanomoe.train', *words, f'--out_dir={folder}')
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_crashed_process_heals_itself(words, two, tmp_path):
+    "`torchrun --max-restarts`: SIGKILL hits one process, then the other, and the run ends as if nothing had been."
+    program = tmp_path/'program.py'
+    program.write_text('import os, signal, sys\nfrom nanomoe import train\n'
+                       'real, life = train.update, int(os.environ["TORCHELASTIC_RESTART_COUNT"])\n'
+                       'def update(run):\n'
+                       '    with open(f"{sys.argv[1]}.{run.world.rank}", "a") as f: f.write(f"{run.step}\\n")\n'
+                       '    if (life, run.world.rank, run.step) in [(0, 1, 13), (1, 0, 37)]: os.kill(os.getpid(), signal.SIGKILL)\n'
+                       '    return real(run)\n'
+                       'train.update = update\n'
+                       'train.main(sys.argv[2:])')
+    done = torchrun(program, tmp_path/'steps', *words, f'--out_dir={tmp_path}/run',
+                    options=('--standalone', '--nproc_per_node=2', '--max-restarts=3'))
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(tmp_path/'run', two)
+    for rank in (0, 1):
+        steps = [int(line) for line in (tmp_path/f'steps.{rank}').read_text().splitlines()]
+        assert set(steps) == set(range(60)) and len(steps) - 60 <= 2 * 5 + 2          # at most an interval, twice
+
+
+@pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C'])
+def test_preemption(words, two, tmp_path, how):
+    "Both processes stop after the same step, which is saved, and go on bit for bit."
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'nanomoe.train',
+               *words, '--checkpoint_interval=100', f'--out_dir={tmp_path}/run']
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while process.poll() is None and len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < 7: time.sleep(0.005)
+    at = checkpoint.read_log(tmp_path/'run'/'log.jsonl')[-1]['step']
+    if how == 'Ctrl-C': os.killpg(process.pid, signal.SIGINT)           # what a terminal does
+    else: process.terminate()
+    process.communicate(timeout=90)
+    saved = checkpoint.load_latest(tmp_path/'run').step
+    assert at <= saved <= at + 2 and saved < 60
+    done = torchrun('-m', 'nanomoe.train', *words, f'--out_dir={tmp_path}/run')
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(tmp_path/'run', two)
+
+
+def test_another_number_of_processes_in_mid_run(words, whole, tmp_path):
+    "One process, then two, then one again."
+    command = [*words, '--lr_decay_iters=60', f'--out_dir={tmp_path}/run']
+    for last in (20, 40, 60):
+        if last == 40: assert torchrun('-m', 'nanomoe.train', *command, '--max_iters=40').returncode == 0
+        else:
+            process = start([*command, f'--max_iters={last}'], tmp_path/'diary')
+            process.join()
+            assert process.exitcode == 0
+    one, mixed = ([row['ce'] for row in untimed(folder/'run')] for folder in (whole, tmp_path))
+    difference = max(abs(a - b) / a for a, b in zip(one, mixed, strict=True))
+    print(f'\nlargest relative difference in ce over 60 steps: {difference:.1e}')
+    assert difference <= 1e-6
+
+
+def test_a_machine_that_goes_away(words, whole, tmp_path):
+    "`--nnodes=1:2`: two agents train together, one is killed with its process, the other finishes alone."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    def agent(host: bool) -> subprocess.Popen:
+        options = ['--nnodes=1:2', '--nproc_per_node=1', '--max-restarts=3', '--rdzv_backend=c10d', '--rdzv_id=elastic',
+                   f'--rdzv_endpoint=127.0.0.1:{port}', '--local_addr=127.0.0.1',
+                   f'--rdzv_conf=is_host={host},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3']
+        return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *options, str(tmp_path/'program.py'),
+                                 str(tmp_path/'sizes'), *words, f'--out_dir={tmp_path}/run'],
+                                env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    (tmp_path/'program.py').write_text('import sys, time\nfrom nanomoe import train\nreal = train.update\n'
+                                       'def update(run):\n'
+                                       '    with open(sys.argv[1], "a") as f: f.write(f"{run.step} {run.world.size}\\n")\n'
+                                       '    if run.world.size == 2: time.sleep(0.2)\n'
+                                       '    return real(run)\n'
+                                       'train.update = update\ntrain.main(sys.argv[2:])')
+    agents = [agent(True), agent(False)]
+    while len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < 12 and agents[0].poll() is None: time.sleep(0.05)
+    os.killpg(agents[1].pid, signal.SIGKILL)
+    subprocess.run(['pkill', '-9', '-P', str(agents[1].pid)])
+    said = agents[0].communicate(timeout=200)[0]
+    assert agents[0].returncode == 0, said
+    sizes = [tuple(map(int, line.split())) for line in (tmp_path/'sizes').read_text().splitlines()]
+    assert (10, 2) in sizes and (59, 1) in sizes
+    one, elastic = ([row['ce'] for row in untimed(folder)] for folder in (whole/'run', tmp_path/'run'))
+    assert max(abs(a - b) / a for a, b in zip(one, elastic, strict=True)) <= 1e-6
 
 
 def test_a_process_that_stands_still_is_named(tmp_path):
@@ -49,7 +365,7 @@ def test_a_gradient_that_is_nan_on_one_process_is_skipped_by_both(tmp_path):
     words = [*TINY, '--max_iters=12', '--checkpoint_interval=5']
     done = torchrun(program, '3,7', *words, f'--out_dir={tmp_path}/two')
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path/'two'/'log.jsonl').read_text().splitlines()]
+    rows = checkpoint.read_log(tmp_path/'two'/'log.jsonl')
     assert [row['skipped'] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
     assert all(math.isfinite(row['ce']) for row in rows)
     weights = checkpoint.load_latest(tmp_path/'two').tensors['model']
