@@ -9,7 +9,6 @@ __all__ = ['fsync', 'sha256', 'save', 'check_room', 'write_tensors', 'steps', 'C
 # %% ../nbs/09_checkpoint.ipynb #imports
 import errno, hashlib, json, os, shutil, sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,16 +143,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
 def cut_log(path: Path, step: int):
     "Leave out the lines after `step` and a last one cut off by a crash; the file is replaced at once."
     whole = ''.join(json.dumps(row) + '\n' for row in read_log(path) if row['step'] <= step)
-    if path.exists() and path.read_text() == whole: return
+    if path.exists() and path.read_bytes() == whole.encode(): return
     made = path.with_suffix('.tmp')
     made.write_text(whole)
     os.replace(made, path)
 
 def read_log(path: str | Path) -> list[dict]:
-    "The lines of a log, oldest first; a last line cut off by a crash is left out."
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        with suppress(ValueError): rows.append(json.loads(line))
+    "The lines of a log, oldest first; a last line cut off by a crash is left out, any other bad one with a word on stderr."
+    rows, lines = [], Path(path).read_bytes().split(b'\n') if Path(path).exists() else []
+    for number, line in enumerate(lines, 1):
+        try: row = json.loads(line)
+        except (ValueError, RecursionError): row = None
+        if isinstance(row, dict) and type(row.get('step')) is int: rows.append(row)
+        elif line and number < len(lines): print(f'{path} line {number} cannot be read and is left out', file=sys.stderr)
     return rows
 
 class Lines:
@@ -180,7 +182,7 @@ class Lines:
 
 def best_step(folder: Path) -> int | None:
     "Of the checkpoints in the folder, the step with the lowest held-out loss on the usual choice of batches."
-    rows = [row for row in read_log(folder/'log.jsonl') if 'val_ce' in row]
+    rows = [row for row in read_log(folder/'log.jsonl') if {'val_ce', 'val_tokens'} <= row.keys()]
     usual = min((row['val_tokens'] for row in rows), default=0)
     there = {int(path.name.removeprefix('step-')) for path in steps(folder)}
     rows = [row for row in rows if row['val_tokens'] == usual and row['step'] in there]

@@ -85,8 +85,9 @@ class Heartbeat:
         while not self.stopped.wait(min(self.timeout / 4, 5.0)):
             try: self.tell()
             except RuntimeError: return                                 # the store has gone: the run is over
-            if time.monotonic() - self.since > self.timeout and (words := self.verdict()):
-                print(words, file=sys.stderr, flush=True)
+            if time.monotonic() - self.since > self.timeout:
+                if words := self.verdict(): print(words, file=sys.stderr, flush=True)
+                else: time.sleep(self.timeout / 2)                      # for another process to say
                 os._exit(1)
 
     def verdict(self) -> str:

@@ -1,8 +1,10 @@
 """Bad input gets one sentence and exit code 2, before anything is started; good input does what it says."""
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +63,24 @@ BAD = {
                        'vocab_size belongs to a bpe; the tokenizer bytes has a size of its own, got 300'),
     'not Shakespeare': (data, 'shakespeare --from_file {tmp}/other.txt --out {tmp}/s',
                         'is not Tiny Shakespeare: its sha256 is'),
+    'empty file': (data, '{bad}/empty.txt --out {tmp}/x', 'empty.txt must hold some text to train on and some to hold out, got none'),
+    'not UTF-8': (data, '{bad}/latin.txt --out {tmp}/x', 'latin.txt is not UTF-8 text: byte 3 cannot be decoded'),
+    'no text in a line': (data, '{bad}/lines.jsonl --out {tmp}/x', 'lines.jsonl line 2 must be a JSON object with a string under "text"'),
+    'data folder in a file': (data, 'numbers --out {bad}/empty.txt/x', 'empty.txt/x cannot be written: '),
+    'data folder of others': (data, 'numbers --out {bad}', 'holds something else than a prepared dataset'),
+    'short text': (train, 'tiny --dataset {bad}/short', 'split train must hold at least 2 * block_size=64 tokens, got 46'),
+    'flipped byte': (train, 'tiny --dataset {bad}/flipped', 'train_000000.bin is damaged: not what was written; prepare the dataset again'),
+    'cut off file': (train, 'tiny --dataset {bad}/cut', 'val_000000.bin is damaged: its header says'),
+    'raw numbers': (train, 'tiny --dataset {bad}/raw', 'train_000000.bin is no token file: its header is unknown'),
+    'changed manifest': (train, 'tiny --dataset {bad}/edited', 'manifest.json is not what was written; prepare the dataset again'),
+    'ids beyond the vocabulary': (train, 'tiny --dataset {bad}/beyond', 'train_000000.bin holds token id 256, but its vocabulary has 200 entries'),
+    'tokenizer of others': (train, 'tiny --dataset {bad}/swapped', 'holds a tokenizer that is not its own'),
+    'check finds it': (data, 'check {bad}/flipped', 'train_000000.bin is damaged'),
+    'nothing to check': (data, 'check {bad}', 'there is no prepared dataset'),
+    'folder in a file': (train, 'tiny --out_dir {bad}/empty.txt/run', 'run cannot be written: {bad}/empty.txt is a file'),
+    'folder of others': (train, 'tiny --out_dir {bad}/theirs', 'theirs holds the config.json of another program'),
+    'no such way to change': (train, 'tiny --allow_changed n_embd', 'allow_changed must name some of top_k'),
+    'weights of another shape': (train, 'tiny --init_from {bad}/flipped', 'flipped holds no checkpoint'),
     'no run': (sample, 'out/nowhere', 'out/nowhere holds no checkpoint'),
     'old file prefix': (sample, 'out/x --start FILE:prompt.txt', 'use --start_file=prompt.txt'),
     'cold below zero': (sample, 'out/x --temperature=-1',
@@ -70,13 +90,40 @@ BAD = {
 }
 
 
+@pytest.fixture(scope='module')
+def bad(tmp_path_factory) -> Path:
+    "A folder of things that are not as they should be."
+    folder = tmp_path_factory.mktemp('bad')
+    (folder/'empty.txt').touch()
+    (folder/'latin.txt').write_bytes('Caf\xe9'.encode('latin-1'))
+    (folder/'lines.jsonl').write_text('{"text": "one"}\n{"text": 2}\n')
+    data.write_dataset([data.Document('To be, or not to be, that is the question: whether', 'play', '1')], folder/'short', 'bytes')
+    for name in ('flipped', 'cut', 'raw', 'edited', 'beyond', 'swapped'):
+        data.write_dataset(data.numbers_documents(12_000, lines=20), folder/name, 'bytes')
+    train_bytes = (folder/'raw'/'train_000000.bin').read_bytes()
+    (folder/'flipped'/'train_000000.bin').write_bytes(train_bytes[:5000] + b'~' + train_bytes[5001:])
+    (folder/'raw'/'train_000000.bin').write_bytes(train_bytes[1024:])   # as nanoGPT writes them
+    (folder/'cut'/'val_000000.bin').write_bytes((folder/'cut'/'val_000000.bin').read_bytes()[:-100])
+    manifest = json.loads((folder/'beyond'/'manifest.json').read_text())
+    (folder/'edited'/'manifest.json').write_text(json.dumps(manifest | {'vocab_size': 200}))
+    (folder/'beyond'/'manifest.json').write_text(json.dumps(data.sealed(manifest | {'vocab_size': 200})))
+    data.save_tokenizer(data.make_tokenizer('chars', [data.Document('abc', '', '')], 0), folder/'swapped')
+    (folder/'theirs').mkdir()
+    (folder/'theirs'/'config.json').write_text('{"model_type": "mixtral"}')
+    return folder
+
+
 @pytest.mark.parametrize('case', BAD)
-def test_one_sentence_and_exit_code_2(case, capsys, tmp_path):
+def test_one_sentence_and_exit_code_2(case, capsys, tmp_path, bad, monkeypatch):
     program, words, sentence = BAD[case]
+    monkeypatch.setattr('torch.distributed.init_process_group', None)   # nothing may have begun
     (tmp_path/'other.txt').write_text('To be or not to be')
-    words = words.format(tmp=tmp_path).split()
-    if program is train: words += [f'--out_dir={tmp_path}/run']
+    before = {path: path.read_bytes() for path in bad.rglob('*') if path.is_file()}
+    words, sentence = words.format(tmp=tmp_path, bad=bad).split(), sentence.format(bad=bad)
+    if program is train and '--out_dir' not in words: words += [f'--out_dir={tmp_path}/run']
     code, message = said(program, words, capsys)
+    print(f'{case}: {message}')
+    assert before == {path: path.read_bytes() for path in bad.rglob('*') if path.is_file()}         # nothing is lost
     assert code == 2 and sentence in message
     assert len(message.splitlines()) == 1 and 'Traceback' not in message
     assert not (tmp_path/'run').exists()
@@ -102,6 +149,18 @@ def test_under_torchrun_the_sentence_comes_once():
                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     sentence = 'gradient_accumulation_steps must be a multiple of the 2 processes, such as 2 or 4, got 3'
     assert run.returncode == 1 and run.stderr.count(sentence) == 1
+
+
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', '--out_dir=/tmp/nowhere/run'], capture_output=True, text=True,
+                             env={**os.environ, 'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
+    assert run.returncode == 2 and 'Traceback' not in run.stderr
+    assert f'the processes cannot meet at 127.0.0.1:{port} (' in run.stderr and 'address already in use' in run.stderr
+    assert 'torchrun --standalone finds a free port' in run.stderr and not Path('/tmp/nowhere').exists()
 
 
 def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):

@@ -138,11 +138,13 @@ def test_ctrl_c_under_torchrun(alone, tmp_path):
     assert largest_difference(log(alone), log(tmp_path)) <= 1e-5
 
 
-def test_another_shape_or_other_data_do_not_continue_a_run(alone):
+def test_another_shape_or_other_data_do_not_continue_a_run(alone, tmp_path):
+    data.write_dataset(data.numbers_documents(20_000, seed=1), tmp_path/'other', 'bytes')
     for change, sentence in (('--n_embd=16', 'holds a run with n_embd=32 (asked for 16)'),
                              ('--top_k=1', 'top_k=2 (asked for 1)'),
                              ('--optimizer=muon', 'optimizer=adamw (asked for muon)'),
                              ('--seed=1', 'seed=1337 (asked for 1)'),
+                             (f'--dataset={tmp_path}/other', f'holds a run on other data than {tmp_path}/other'),
                              ('--batch_size=4', 'batch_size * gradient_accumulation_steps = 16 (asked for 8)')):
         done = subprocess.run([sys.executable, *TINY, f'--out_dir={alone}', change],
                               env=ENVIRONMENT, capture_output=True, text=True)

@@ -324,8 +324,8 @@ def test_a_machine_that_goes_away(words, whole, tmp_path):
                                        'train.update = update\ntrain.main(sys.argv[2:])')
     agents = [agent(True), agent(False)]
     while len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < 12 and agents[0].poll() is None: time.sleep(0.05)
-    os.killpg(agents[1].pid, signal.SIGKILL)
-    subprocess.run(['pkill', '-9', '-P', str(agents[1].pid)])
+    worker = subprocess.run(['pgrep', '-P', str(agents[1].pid)], capture_output=True, text=True, check=True).stdout
+    for pid in (agents[1].pid, int(worker)): os.kill(pid, signal.SIGKILL)
     said = agents[0].communicate(timeout=200)[0]
     assert agents[0].returncode == 0, said
     sizes = [tuple(map(int, line.split())) for line in (tmp_path/'sizes').read_text().splitlines()]

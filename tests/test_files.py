@@ -1,0 +1,237 @@
+"""Files that are damaged, foreign, nonsense or malicious: each is refused by name, none is executed, nothing is lost."""
+import ast
+import io
+import json
+import pickle
+import random
+import shutil
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed as seeded, settings
+from hypothesis import strategies as st
+
+from nanomoe import checkpoint, data, pretrained, sample
+from nanomoe.config import BadInput, field_names, parse
+from nanomoe.data import TokenFile, sealed
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('data')/'small'
+    data.write_dataset(data.numbers_documents(12_000, lines=20), folder, 'bytes')
+    return folder
+
+
+def saved(root: Path, steps=(10, 20)) -> Path:
+    tensors = {'model': {'w': torch.arange(300.0)}, 'optim': {'w|exp_avg': torch.ones(300), 'w|step': torch.tensor(3.0)}}
+    for step in steps: checkpoint.save(root, step, tensors, {'config': {}, 'data': ['0123'], 'skipped': 0})
+    return root
+
+
+def read_all(folder: Path):
+    "What training reads of a dataset."
+    for split in ('train', 'val'):
+        tokens = TokenFile(folder, split)
+        starts = data.all_windows(tokens, 32)[:4]
+        data.batch_at(tokens, starts, 32), data.target_domains(tokens, starts, 32)
+    data.load_tokenizer(folder).decode([1, 2, 3])
+
+
+def test_every_flipped_bit_is_found(dataset, tmp_path, seed, soak):
+    dice, flips = random.Random(seed), 2000 if soak else 300
+    for i in range(flips):
+        copy = tmp_path/'copy'
+        source = saved(tmp_path/'run') if i == 0 else tmp_path/'run'
+        original = dice.choice([p for p in [*dataset.iterdir(), *source.glob('step-00000020/*')]])
+        shutil.copytree(source if original.parent.parent == source else dataset, copy)
+        damaged = copy/original.relative_to(source) if original.parent.parent == source else copy/original.name
+        content = bytearray(original.read_bytes())
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        damaged.write_bytes(content)
+        if original.parent == dataset:
+            with pytest.raises(BadInput, match=original.name): read_all(copy)
+            with pytest.raises(BadInput, match=original.name): data.verify(copy)
+        else:
+            with pytest.raises(ValueError, match=original.name): checkpoint.load(damaged.parent)
+            with redirect_stderr(io.StringIO()) as said: assert checkpoint.load_latest(copy).step == 10
+            assert 'trying the checkpoint before' in said.getvalue()
+        shutil.rmtree(copy)
+    print(f'\n{flips} flipped bits in datasets and checkpoints, all found and named; seed {seed}')
+
+
+class Bomb:
+    "What unpickling this does, anything could do."
+    def __init__(self, marker: Path): self.marker = marker
+    def __reduce__(self): return Path.touch, (self.marker,)
+
+
+def test_no_file_executes_anything(dataset, tmp_path, capsys):
+    marker, code = tmp_path/'executed', f'__import__("pathlib").Path({str(tmp_path/"executed")!r}).touch()'
+    bomb = pickle.dumps({'w': Bomb(marker)})
+    pickle.loads(bomb)
+    assert marker.exists(); marker.unlink()                             # it works where somebody lets it
+    copy = shutil.copytree(dataset, tmp_path/'copy')
+    for name in ('manifest.json', 'tokenizer.json', 'train_000000.bin'):
+        (copy/name).write_bytes(bomb)
+        with pytest.raises(BadInput, match=name): read_all(copy)
+        shutil.copy(dataset/name, copy/name)
+    np.save(copy/'train_000000.npy', np.array([Bomb(marker)]), allow_pickle=True)
+    (copy/'train_000000.npy').rename(copy/'train_000000.bin')
+    with pytest.raises(BadInput, match='no token file'): read_all(copy)
+    run = saved(tmp_path/'run')                                         # digests and seal in order
+    torch.save({'w': Bomb(marker)}, run/'step-00000020'/'model.safetensors')
+    meta = json.loads((run/'step-00000020'/'meta.json').read_text())
+    meta['sha256']['model.safetensors'] = checkpoint.sha256(run/'step-00000020'/'model.safetensors')
+    (run/'step-00000020'/'meta.json').write_text(json.dumps(sealed(meta)))
+    assert checkpoint.load_latest(run).step == 10 and 'holds no checkpoint' in capsys.readouterr().err
+    torch.save({'model': {'w': Bomb(marker)}}, tmp_path/'ckpt.pt')
+    for call in (pretrained.load_run, sample.load):
+        with pytest.raises(BadInput, match='holds no checkpoint'): call(tmp_path/'ckpt.pt')
+    for name, text in (('run.toml', f'n_layer = {code}'), ('run.json', json.dumps({'n_layer': code})), ('run.py', code),
+                       ('other.toml', f'out_dir = "$(touch {marker})"\nn_layer = 1'), ('preset.json', json.dumps({'preset': code}))):
+        (tmp_path/name).write_text(text)
+        try: parse([str(tmp_path/name)])
+        except BadInput: pass
+    (tmp_path/'source.py').write_text(code + '\n' * 300)                # text to learn from, not a program
+    (tmp_path/'source.jsonl').write_text(json.dumps({'text': code * 9}) + '\n')
+    data.prepare([str(tmp_path/'source.py'), str(tmp_path/'source.jsonl')], tmp_path/'prepared', 'bytes')
+    (tmp_path/'source.txt').write_bytes(bomb)
+    with pytest.raises(BadInput, match='not UTF-8 text: byte 0'): data.prepare(str(tmp_path/'source.txt'), tmp_path/'x', 'bytes')
+    assert not marker.exists()
+
+
+def test_the_package_cannot_execute_what_it_reads():
+    "No pickle, no exec, no eval, no shell, no torch.load, in any module."
+    for path in (HERE.parent/'nanomoe').glob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {'pickle', 'marshal', 'shelve', 'dill', 'joblib', 'runpy'} & set(names), path
+            if not isinstance(node, ast.Call): continue
+            called = ast.unparse(node.func)
+            assert called not in ('exec', 'eval', 'compile', '__import__', 'os.system', 'os.popen', 'torch.load', 'np.load'), path
+            assert not {k.arg for k in node.keywords} & {'shell', 'allow_pickle', 'weights_only', 'trust_remote_code'}, path
+
+
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+
+
+@st.composite
+def damaged(draw, content: bytes) -> bytes:
+    "A file as a bad disk, a bad copy or a bad program leaves it."
+    at = draw(st.integers(0, len(content)))
+    some = draw(st.binary(max_size=40))
+    return draw(st.sampled_from([content[:at], content[at:], content[:at] + some + content[at + len(some):],
+                                 content[:at] + some + content[at:], some, content[:at] * 2]))
+
+
+@st.composite
+def rewritten(draw, tree):
+    "A JSON value in which one place holds something else, or is missing."
+    if isinstance(tree, (dict, list)) and tree and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(sorted(tree))) if isinstance(tree, dict) else draw(st.integers(0, len(tree) - 1))
+        copy = tree.copy()
+        if draw(st.integers(0, 4)): copy[key] = draw(rewritten(tree[key]))
+        else: del copy[key]
+        return copy
+    return draw(anything)
+
+
+def fuzz(cases: st.SearchStrategy, check, seed: int, examples: int):
+    "Give `check` many cases: it may refuse with `BadInput` or `ValueError`, and nothing else may come of it."
+    refused = []
+    @seeded(seed)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(cases)
+    def run(case):
+        try: check(case)
+        except (BadInput if check.__name__ != 'checkpoints' else ValueError) as e:
+            refused.append(e)
+            assert str(e) and len(str(e)) < 3000
+    run()
+    print(f'\n{examples} {check.__name__}, {len(refused)} refused, no other error; seed {seed}')
+    assert len(refused) > examples / 4
+
+
+KNOBS = {'preset': 'tiny', 'max_iters': 7, 'bias': True, 'capacity_factor': 1.5, 'balance': 'none', 'seed': 3, 'dataset': 'numbers'}
+
+
+def test_fuzzed_configurations(tmp_path, seed, soak):
+    def configurations(case):
+        name, content = case
+        (tmp_path/name).write_bytes(content)
+        parse([str(tmp_path/name)])
+    as_json = st.builds(lambda tree: json.dumps(tree).encode(), rewritten(KNOBS))
+    knob = st.dictionaries(st.sampled_from(field_names()), anything, min_size=1, max_size=2).map(lambda flat: json.dumps(flat).encode())
+    toml = '\n'.join(f'{name} = {json.dumps(value)}' for name, value in KNOBS.items()).encode()
+    cases = (st.tuples(st.just('run.json'), as_json | knob | damaged(json.dumps(KNOBS).encode()))
+             | st.tuples(st.just('run.toml'), damaged(toml)))
+    fuzz(cases, configurations, seed, 1000 if soak else 100)
+
+
+def test_fuzzed_manifests(dataset, tmp_path, seed, soak):
+    folder, content = shutil.copytree(dataset, tmp_path/'copy'), (dataset/'manifest.json').read_bytes()
+    def manifests(case):
+        (folder/'manifest.json').write_bytes(case)
+        read_all(folder)
+    def reseal(tree): return json.dumps(sealed(tree) if isinstance(tree, dict) else tree).encode()
+    flat = {key: value for key, value in json.loads(content).items() if key != 'seal'}
+    fuzz(damaged(content) | rewritten(flat).map(reseal), manifests, seed, 1000 if soak else 100)
+
+
+def test_fuzzed_tokenizers(dataset, tmp_path, seed, soak):
+    folder, content = shutil.copytree(dataset, tmp_path/'copy'), (dataset/'tokenizer.json').read_bytes()
+    def tokenizers(case):
+        (folder/'tokenizer.json').write_bytes(case)
+        data.load_tokenizer(folder).decode([1, 2, 3])
+    flat = {key: value for key, value in json.loads(content).items() if key != 'seal'}
+    fuzz(damaged(content) | rewritten(flat).map(lambda tree: json.dumps(sealed(tree) if isinstance(tree, dict) else tree).encode()),
+         tokenizers, seed, 1000 if soak else 100)
+
+
+def test_fuzzed_shards(dataset, tmp_path, seed, soak):
+    "With a manifest that knows their digests, so that what is in them decides."
+    folder, content = shutil.copytree(dataset, tmp_path/'copy'), (dataset/'val_000000.bin').read_bytes()
+    flat = json.loads((dataset/'manifest.json').read_text())
+    def shards(case):
+        (folder/'val_000000.bin').write_bytes(case)
+        flat['splits']['val']['shards'][0]['sha256'] = checkpoint.sha256(folder/'val_000000.bin')
+        (folder/'manifest.json').write_text(json.dumps(sealed(flat)))
+        read_all(folder)
+    fuzz(damaged(content) | damaged(content[:1024]).map(lambda head: head + content[1024:]), shards, seed, 1000 if soak else 100)
+
+
+def test_fuzzed_checkpoints(tmp_path, seed, soak):
+    "With digests and seal in order."
+    step = saved(tmp_path/'run', steps=(10,))/'step-00000010'
+    flat, weights = json.loads((step/'meta.json').read_text()), (step/'model.safetensors').read_bytes()
+    def checkpoints(case):
+        tree, content = case
+        (step/'model.safetensors').write_bytes(content)
+        if tree is flat: flat['sha256']['model.safetensors'] = checkpoint.sha256(step/'model.safetensors')
+        (step/'meta.json').write_text(json.dumps(sealed(tree) if isinstance(tree, dict) else tree))
+        checkpoint.load(step)
+    fuzz(st.tuples(rewritten(flat), st.just(weights)) | st.tuples(st.just(flat), damaged(weights)), checkpoints, seed, 1000 if soak else 100)
+
+
+def test_fuzzed_logs(tmp_path, seed, soak):
+    "A log is for people and pictures: what can be read of it is read, and going on needs no more."
+    lines = ''.join(json.dumps({'step': i, 'ce': 1.5, 'val_ce': 1.0, 'val_tokens': 9}) + '\n' for i in range(5)).encode()
+    path = tmp_path/'log.jsonl'
+    @seeded(seed)
+    @settings(max_examples=1000 if soak else 100, deadline=None, database=None)
+    @given(damaged(lines) | st.lists(anything, max_size=4).map(lambda rows: '\n'.join(map(json.dumps, rows)).encode()))
+    def run(content):
+        path.write_bytes(content)
+        with redirect_stderr(io.StringIO()):
+            before = checkpoint.read_log(path)
+            checkpoint.best_step(tmp_path)
+            checkpoint.cut_log(path, 3)
+        assert checkpoint.read_log(path) == [row for row in before if row['step'] <= 3]
+    run()
