@@ -53,8 +53,9 @@ def untimed(folder: Path) -> list[dict]:
 
 
 def assert_equal_runs(one: Path, other: Path):
-    "The same log lines, and bit by bit the same weights and moments at the end."
+    "The same log lines and samples, and bit by bit the same weights and moments at the end."
     assert untimed(one) == untimed(other)
+    assert (one/'samples.jsonl').read_text() == (other/'samples.jsonl').read_text()
     a, b = (checkpoint.load_latest(folder) for folder in (one, other))
     assert a.step == b.step
     for group in ('model', 'optim'):
@@ -127,6 +128,30 @@ def test_killed_at_random_moments(words, small, whole, tmp_path, seed, soak):
         finished += 1
     print(f'\n{kills} kills ({in_saves} while a checkpoint was being written), {finished} runs finished, all equal to the '
           f'run without a kill; {redone} steps done again; seed {seed}')
+
+
+def die_before_the_line(words: list[str], diary: Path):
+    "A life that ends when step 30 is saved and its samples are written, but not its line in the log."
+    real = train.routed_text
+    def routed_text(run):
+        yield from real(run)
+        if run.step == 30:
+            run.saver.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+    train.routed_text = routed_text
+    life(words, diary)
+
+
+def test_a_line_that_a_kill_took_is_written_by_the_next_start(words, whole, tmp_path):
+    command = [*words, f'--out_dir={tmp_path}/run']
+    process = forks.Process(target=die_before_the_line, args=(command, tmp_path/'diary'))
+    process.start(); process.join()
+    assert process.exitcode == -signal.SIGKILL and checkpoint.load_latest(tmp_path/'run').step == 30
+    assert untimed(tmp_path/'run')[-1]['step'] == 29 and '"step": 30' in (tmp_path/'run'/'samples.jsonl').read_text()
+    process = start(command, tmp_path/'diary')
+    process.join()
+    assert process.exitcode == 0
+    assert_equal_runs(tmp_path/'run', whole/'run')
 
 
 def keep_saving(root: Path, step: int):
