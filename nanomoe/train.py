@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names', 'routing_stats', 'Health', 'health', 'Record',
            'evaluate', 'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Level', 'Trainer',
-           'meet', 'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'check_folder',
+           'together', 'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'check_folder',
            'open_data', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume',
            'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'routed_text', 'train',
            'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show', 'summary', 'reached', 'main',
@@ -16,7 +16,7 @@ import ctypes, dataclasses, gc, importlib.util, json, math, os, platform, shlex,
 import threading, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -309,14 +309,19 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.cfg.gradient_accumulation_steps * self.cfg.batch_size * self.model_cfg.block_size
 
-def meet(run: Trainer, world: World):
-    "All processes are there: from now on they share gradients. Raises `BadInput` where they hold different steps."
+@contextmanager
+def together(run: Trainer, world: World):
+    "All processes are there: in the block they share gradients. Raises `BadInput` where they hold different steps."
     run.world, here = world, torch.tensor(float(run.step), device=world.device)
     oldest, newest = all_reduce(here.clone(), 'min'), all_reduce(here, 'max')
     if oldest != newest:
         raise BadInput(f'the processes would continue from steps {oldest:.0f} to {newest:.0f}; '
                        f'out_dir {run.out_dir} must hold the same checkpoints on every machine')
     run.shared = share_gradients(run.model, world)
+    try: yield
+    finally:
+        run.shared = run.model      # what averages must go before the group that it uses: the other way round, its
+        gc.collect()                # destructor waits for gloo's thread, which now and then waits for this one
 
 # %% ../nbs/12_train.ipynb #micro-batch
 def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
@@ -549,8 +554,7 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
     """
     check(model_cfg, train_cfg)
     run = Trainer(model_cfg, train_cfg, launched_world(train_cfg.device))
-    with process_group(train_cfg.device, train_cfg.backend, train_cfg.hang_timeout) as world:
-        meet(run, world)
+    with process_group(train_cfg.device, train_cfg.backend, train_cfg.hang_timeout) as world, together(run, world):
         if world.device.type == 'cpu': keep_freed_memory()
         if train_cfg.eval_only: yield evaluation(run); return           # it leaves the folder as it is
         begin_files(run)
