@@ -7,7 +7,7 @@ __all__ = ['find_device', 'find_dtype', 'cpu_has_bfloat16', 'World', 'Heartbeat'
            'all_reduce', 'share_gradients', 'quietly', 'my_micro_batches']
 
 # %% ../nbs/11_parallel.ipynb #imports
-import hashlib, math, os, socket, sys, threading, time, uuid
+import hashlib, math, os, socket, sys, threading, time, uuid, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -163,8 +163,10 @@ def share_gradients(model: torch.nn.Module, world: World) -> torch.nn.Module:
     "The model, averaging its gradients over all processes in every backward pass."
     if world.size == 1: return model
     devices = [world.device] if world.device.type == 'cuda' else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
-                                   broadcast_buffers=False)             # all processes move them alike
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)                  # torch 2.13 has a new name for the last knob
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
+                                       broadcast_buffers=False)         # all processes move them alike
 
 def quietly(model: torch.nn.Module, last: bool):
     "A context in which gradients are only added up; the `last` micro-batch of a step averages them."

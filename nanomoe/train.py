@@ -7,12 +7,12 @@ __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names
            'evaluate', 'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Level', 'Trainer',
            'together', 'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'check_folder',
            'open_data', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume',
-           'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'routed_text', 'train',
-           'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show', 'summary', 'reached', 'main',
-           'watch', 'make_tracker', 'leave', 'train_all']
+           'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'hold',
+           'routed_text', 'train', 'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show',
+           'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
-import ctypes, dataclasses, gc, importlib.util, json, math, os, platform, shlex, shutil, signal, subprocess, sys
+import ctypes, dataclasses, fcntl, gc, importlib.util, json, math, os, platform, shlex, shutil, signal, subprocess, sys
 import threading, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -518,16 +518,30 @@ def due(run: Trainer, what: str) -> bool:
 # %% ../nbs/12_train.ipynb #log-file
 def begin_files(run: Trainer):
     "Prepare the run's folder: config and tokenizer for its readers, the log cut to the step training goes on from."
-    if not run.world.first: return
-    try:
-        run.out_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep(run.out_dir)
-        (run.out_dir/'config.json').write_text(json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
-        shutil.copyfile(run.data.folder/'tokenizer.json', run.out_dir/'tokenizer.json')
-        cut_log(run.log.path, run.step)
-        logged = [0] + [row['step'] for row in read_log(run.log.path)]
-        cut_log(run.samples.path, logged[-1])                           # an evaluation's line comes after its samples
-    except OSError as e: raise BadInput(f'out_dir {run.out_dir} cannot be written: {e.strerror}') from None
+    problem = None
+    if run.world.first:
+        try: write_files(run)
+        except OSError as e: problem = BadInput(f'out_dir {run.out_dir} cannot be written: {e.strerror}')
+        except BadInput as e: problem = e
+    if any_process(run, problem is not None): raise problem or BadInput(f'the first process cannot write {run.out_dir}')
+
+def write_files(run: Trainer):
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    run.lock = hold(run.out_dir)
+    checkpoint.sweep(run.out_dir)
+    (run.out_dir/'config.json').write_text(json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
+    shutil.copyfile(run.data.folder/'tokenizer.json', run.out_dir/'tokenizer.json')
+    cut_log(run.log.path, run.step)
+    logged = [0] + [row['step'] for row in read_log(run.log.path)]
+    cut_log(run.samples.path, logged[-1])                               # an evaluation's line comes after its samples
+
+def hold(folder: Path):
+    "Keep other processes from writing a run into the folder, until this one ends or the returned file is closed."
+    lock = open(folder/'.lock', 'a')
+    try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f'another process is writing the run in {folder}; wait for its end, or use another --out_dir') from None
+    return lock
 
 # %% ../nbs/12_train.ipynb #samples
 @torch.no_grad()
@@ -564,7 +578,10 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
 
 def finish(run: Trainer):
     "Wait for the last checkpoint and the last lines; raises `RuntimeError` where the disk refused them."
-    if run.world.first and not (saved(run) and run.log.written and run.samples.written):
+    if not run.world.first: return
+    written = saved(run) and run.log.written and run.samples.written
+    run.lock.close()
+    if not written:
         raise RuntimeError(f'the end of the run could not be written; make room on the disk of {run.out_dir}, and the '
                            'same command goes on from the newest checkpoint there')
 

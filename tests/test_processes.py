@@ -126,18 +126,6 @@ def test_a_stop_leaves_no_trace_in_the_log(alone, tmp_path):
     assert untimed(log(tmp_path)) == untimed(usual)
 
 
-def test_ctrl_c_under_torchrun(alone, tmp_path):
-    command = torchrun('--standalone', '--nproc_per_node=2', *TINY, f'--out_dir={tmp_path}')
-    stopped = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
-    wait_for_step(tmp_path, 7)
-    os.killpg(stopped.pid, signal.SIGINT)                               # what a terminal does
-    stopped.communicate(timeout=90)
-    assert list(tmp_path.glob('step-*/meta.json'))
-    run(torchrun('--standalone', '--nproc_per_node=2', *TINY, f'--out_dir={tmp_path}'))
-    assert largest_difference(log(alone), log(tmp_path)) <= 1e-5
-
-
 def test_another_shape_or_other_data_do_not_continue_a_run(alone, tmp_path):
     data.write_dataset(data.numbers_documents(20_000, seed=1), tmp_path/'other', 'bytes')
     for change, sentence in (('--n_embd=16', 'holds a run with n_embd=32 (asked for 16)'),

@@ -42,10 +42,15 @@ def life(words: list[str], diary: Path):
     train.main(words)
 
 
-def start(words: list[str], diary: Path) -> multiprocessing.Process:
-    process = forks.Process(target=life, args=(words, diary))
+def start(words: list[str], diary: Path, target=life, *more) -> multiprocessing.Process:
+    process = forks.Process(target=target, args=(words, diary, *more))
     process.start()
     return process
+
+
+def wait_for_line(process, folder: Path, count: int):
+    "Until the log has so many lines, or the process has ended."
+    while process.exitcode is None and len(checkpoint.read_log(folder/'log.jsonl')) < count: time.sleep(0.002)
 
 
 def untimed(folder: Path) -> list[dict]:
@@ -105,7 +110,7 @@ def test_killed_at_random_moments(words, small, whole, tmp_path, seed, soak):
         if dice.random() < 0.15: time.sleep(dice.random())                            # before the first step
         else:
             target = len(checkpoint.read_log(folder/'log.jsonl')) + dice.randint(1, 12)
-            while process.is_alive() and len(checkpoint.read_log(folder/'log.jsonl')) < target: time.sleep(0.002)
+            wait_for_line(process, folder, target)
             time.sleep(dice.random() * 0.06)
         process.kill(); process.join()
         if process.exitcode == -signal.SIGKILL:
@@ -130,6 +135,19 @@ def test_killed_at_random_moments(words, small, whole, tmp_path, seed, soak):
           f'run without a kill; {redone} steps done again; seed {seed}')
 
 
+def test_two_runs_do_not_write_one_folder(words, tmp_path):
+    "As when torchrun was killed, its processes were not, and the command is given again."
+    command = [*words, '--max_iters=100000', f'--out_dir={tmp_path}/run']
+    first = start(command, tmp_path/'first')
+    wait_for_line(first, tmp_path/'run', 3)
+    second = start(command, tmp_path/'second')
+    second.join()
+    said = (tmp_path/'second.said').read_text()
+    assert second.exitcode == 2 and said.strip().splitlines()[-1].startswith('another process is writing the run in')
+    assert first.is_alive()
+    first.kill(); first.join()
+
+
 def die_before_the_line(words: list[str], diary: Path):
     "A life that ends when step 30 is saved and its samples are written, but not its line in the log."
     real = train.routed_text
@@ -144,8 +162,8 @@ def die_before_the_line(words: list[str], diary: Path):
 
 def test_a_line_that_a_kill_took_is_written_by_the_next_start(words, whole, tmp_path):
     command = [*words, f'--out_dir={tmp_path}/run']
-    process = forks.Process(target=die_before_the_line, args=(command, tmp_path/'diary'))
-    process.start(); process.join()
+    process = start(command, tmp_path/'diary', die_before_the_line)
+    process.join()
     assert process.exitcode == -signal.SIGKILL and checkpoint.load_latest(tmp_path/'run').step == 30
     assert untimed(tmp_path/'run')[-1]['step'] == 29 and '"step": 30' in (tmp_path/'run'/'samples.jsonl').read_text()
     process = start(command, tmp_path/'diary')
@@ -192,10 +210,6 @@ def small_disk(tmp_path):
     subprocess.run(['umount', '-l', tmp_path/'disk'], check=True)
 
 
-def wait_for_line(process, folder: Path, step: int):
-    while process.is_alive() and len(checkpoint.read_log(folder/'log.jsonl')) < step: time.sleep(0.005)
-
-
 def fill_disk(words: list[str], diary: Path, disk: Path):
     "A life in which the disk is filled to the last byte before step 12 and emptied before step 28."
     real = train.update
@@ -213,8 +227,8 @@ def fill_disk(words: list[str], diary: Path, disk: Path):
 
 
 def test_a_full_disk(words, whole, small_disk, tmp_path):
-    process = forks.Process(target=fill_disk, args=([*words, f'--out_dir={small_disk}/run'], tmp_path/'diary', small_disk))
-    process.start(); process.join()
+    process = start([*words, f'--out_dir={small_disk}/run'], tmp_path/'diary', fill_disk, small_disk)
+    process.join()
     said = (tmp_path/'diary.said').read_text()
     assert process.exitcode == 0 and 'Traceback' not in said, said
     assert said.count('a checkpoint could not be written') == 3         # of steps 15, 20 and 25
@@ -252,8 +266,8 @@ def limited(words: list[str], diary: Path, limit: int):
 
 def test_a_file_that_must_not_grow(words, whole, tmp_path):
     "There is room, and writing fails half-way all the same."
-    process = forks.Process(target=limited, args=([*words, f'--out_dir={tmp_path}/run'], tmp_path/'diary', 50_000))
-    process.start(); process.join()
+    process = start([*words, f'--out_dir={tmp_path}/run'], tmp_path/'diary', limited, 50_000)
+    process.join()
     said = (tmp_path/'diary.said').read_text()
     assert process.exitcode == 0 and 'Traceback' not in said and 'File too large' in said, said
     assert said.count('a checkpoint could not be written') == 3
@@ -381,26 +395,36 @@ def test_a_process_that_stands_still_is_named(tmp_path):
     assert checkpoint.load_latest(tmp_path/'run').step == 4
 
 
-def test_a_gradient_that_is_nan_on_one_process_is_skipped_by_both(tmp_path):
+def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path):
+    "An update that is not finite on one process is skipped by both, also where that process sends no token to some expert."
     program = tmp_path/'program.py'
-    program.write_text('import math, os, sys\nfrom nanomoe import train\n'
-                       'real, bad = train.micro_batch, [int(s) for s in sys.argv[1].split(",")]\n'
+    program.write_text('import math, os, sys, torch\nfrom nanomoe import train\n'
+                       'real_batch, real_update, bad = train.micro_batch, train.update, [int(s) for s in sys.argv[1].split(",")]\n'
+                       'second = os.environ["RANK"] == "1"\n'
+                       'def shun(module, inputs, logits): return logits.index_fill(-1, torch.tensor([0]), -1e9)\n'
                        'def poisoned(run, number, last):\n'
                        '    hook = None\n'
-                       '    if os.environ["RANK"] == "1" and run.step in bad:\n'
+                       '    if second and run.step in bad:\n'
                        '        hook = run.model.wpe.weight.register_hook(lambda g: g * math.nan)\n'
-                       '    try: return real(run, number, last)\n'
+                       '    try: return real_batch(run, number, last)\n'
                        '    finally: hook and hook.remove()\n'
-                       'train.micro_batch = poisoned\n'
-                       'train.main(sys.argv[2:])')
-    words = [*TINY, '--max_iters=12', '--checkpoint_interval=5']
-    done = torchrun(program, '3,7', *words, f'--out_dir={tmp_path}/two')
+                       'def update(run):\n'
+                       '    if second and run.step == 0:\n'
+                       '        for block in run.model.h: block.mlp.router.score.register_forward_hook(shun)\n'
+                       '    out = real_update(run)\n'
+                       '    weights = torch.cat([p.flatten() for p in run.model.parameters()])\n'
+                       '    torch.save(weights, f"{sys.argv[2]}.{run.world.rank}")\n'
+                       '    return out\n'
+                       'train.micro_batch, train.update = poisoned, update\n'
+                       'train.main(sys.argv[3:])')
+    words = [*TINY, '--max_iters=12', '--checkpoint_interval=5', '--balance=none']
+    done = torchrun(program, '3,7', tmp_path/'weights', *words, f'--out_dir={tmp_path}/two')
     assert done.returncode == 0, done.stderr
     rows = checkpoint.read_log(tmp_path/'two'/'log.jsonl')
     assert [row['skipped'] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
     assert all(math.isfinite(row['ce']) for row in rows)
-    weights = checkpoint.load_latest(tmp_path/'two').tensors['model']
-    assert all(w.isfinite().all() for w in weights.values())
-    done = torchrun(program, '7,8,9', *words, f'--out_dir={tmp_path}/three')
+    first, second = (torch.load(f'{tmp_path}/weights.{rank}') for rank in (0, 1))
+    assert torch.equal(first, second) and first.isfinite().all()
+    done = torchrun(program, '7,8,9', tmp_path/'weights', *words, f'--out_dir={tmp_path}/three')
     assert done.returncode == 1 and 'was not finite in 3 updates in a row, up to step 10' in done.stderr
     assert checkpoint.load_latest(tmp_path/'three').step == 5
