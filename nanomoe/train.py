@@ -463,6 +463,8 @@ def find_resume(run: Trainer) -> checkpoint.Checkpoint | None:
 def check_resume(found: checkpoint.Checkpoint, run: Trainer):
     "Raise `BadInput` when the run in `out_dir` has another model, optimizer, step or data than is asked for."
     def per_step(flat): return flat['batch_size'] * flat['gradient_accumulation_steps']
+    if missing := {'config', 'data', 'skipped', 'scaler', 'level', 'record'} - found.meta.keys():
+        raise BadInput(f'{found.path} lacks {", ".join(sorted(missing))}, as another version wrote it; use another --out_dir')
     before = to_dict(ModelConfig(), TrainConfig()) | found.meta['config']   # defaults of knobs it did not know
     now = to_dict(run.model_cfg, run.cfg)
     knobs = {*dataclasses.asdict(run.model_cfg), 'optimizer', 'seed'} - set(allowed_changes(run.cfg))
