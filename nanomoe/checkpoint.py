@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['fsync', 'sha256', 'save', 'check_room', 'write_tensors', 'steps', 'Checkpoint', 'load', 'load_latest', 'sweep',
-           'Saver', 'optimizer_tensors', 'load_optimizer', 'cut_log', 'read_log', 'Lines', 'best_step']
+           'Saver', 'optimizer_tensors', 'load_optimizer', 'cut_log', 'write_whole', 'read_log', 'Lines', 'best_step']
 
 # %% ../nbs/09_checkpoint.ipynb #imports
-import errno, hashlib, json, os, shutil, sys
+import errno, hashlib, json, os, re, shutil, sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .config import say
 from .data import read_sealed, sealed
 
 # %% ../nbs/09_checkpoint.ipynb #fsync
@@ -53,7 +55,7 @@ def save(root: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], met
         os.replace(made, final); fsync(root)
     finally: shutil.rmtree(made, ignore_errors=True)
     for old in [path for path in steps(root) if path.name <= final.name][:-keep]:
-        if old.name != f'step-{best or 0:08d}': shutil.rmtree(old)
+        if old.name != f'step-{best or 0:08d}': shutil.rmtree(old, ignore_errors=True)
     return final
 
 # %% ../nbs/09_checkpoint.ipynb #save-parts
@@ -67,11 +69,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]):
     "One .safetensors file, on disk when this returns."
     try: save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     except SafetensorError as e: raise OSError(str(e)) from e           # a full disk arrives as this
+    path.chmod(path.parent.stat().st_mode & 0o666)                      # whoever may read the folder may read it
     fsync(path)
 
 def steps(root: Path) -> list[Path]:
-    "The checkpoint folders of a run, oldest first."
-    return sorted(Path(root).glob('step-*'))
+    "The checkpoint folders of a run, oldest first; other names, such as step-00000030-good, are the user's."
+    return sorted(path for path in Path(root).glob('step-*') if re.fullmatch(r'step-\d{8}', path.name))
 
 # %% ../nbs/09_checkpoint.ipynb #load
 class Checkpoint(NamedTuple):
@@ -90,19 +93,19 @@ def load(path: Path) -> Checkpoint:
                 raise ValueError(f'{path/name} is not what was written')
         tensors = {Path(name).stem: load_file(path/name) for name in meta['sha256']}
         return Checkpoint(path, meta['step'], meta, tensors)
-    except (KeyError, TypeError, AttributeError, SafetensorError) as e:
+    except (KeyError, TypeError, AttributeError, SafetensorError, OSError) as e:
         raise ValueError(f'{path} holds no checkpoint ({type(e).__name__}: {e})') from None
 
 def load_latest(root: str | Path) -> Checkpoint | None:
     "The newest checkpoint whose digests match, or None; says on stderr which newer ones do not."
     for path in reversed(steps(Path(root))):
         try: return load(path)
-        except ValueError as e: print(f'{e}; trying the checkpoint before', file=sys.stderr)
+        except ValueError as e: say(f'{e}; trying the checkpoint before', sys.stderr)
     return None
 
 def sweep(root: str | Path):
     "Remove what an interrupted save left behind."
-    for path in Path(root).glob('.tmp-*'): shutil.rmtree(path, ignore_errors=True)
+    for path in Path(root).glob('.tmp-*'): shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 # %% ../nbs/09_checkpoint.ipynb #saver
 class Saver:
@@ -143,10 +146,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
 def cut_log(path: Path, step: int):
     "Leave out the lines after `step` and a last one cut off by a crash; the file is replaced at once."
     whole = ''.join(json.dumps(row) + '\n' for row in read_log(path) if row['step'] <= step)
-    if path.exists() and path.read_bytes() == whole.encode(): return
-    made = path.with_suffix('.tmp')
-    made.write_text(whole)
-    os.replace(made, path)
+    if not path.exists() or path.read_bytes() != whole.encode(): write_whole(path, whole)
+
+def write_whole(path: Path, text: str):
+    "Give a file this content at once; raises `OSError`, and leaves it as it was, where that cannot be done."
+    made = path.with_name(f'.tmp-{path.name}')
+    try:
+        made.write_text(text)
+        os.replace(made, path)
+    finally: made.unlink(missing_ok=True)
 
 def read_log(path: str | Path) -> list[dict]:
     "The lines of a log, oldest first; a last line cut off by a crash is left out, any other bad one with a word on stderr."
@@ -155,7 +163,7 @@ def read_log(path: str | Path) -> list[dict]:
         try: row = json.loads(line)
         except (ValueError, RecursionError): row = None
         if isinstance(row, dict) and type(row.get('step')) is int: rows.append(row)
-        elif line and number < len(lines): print(f'{path} line {number} cannot be read and is left out', file=sys.stderr)
+        elif line and number < len(lines): say(f'{path} line {number} cannot be read and is left out', sys.stderr)
     return rows
 
 class Lines:
@@ -177,8 +185,8 @@ class Lines:
             if sync: fsync(self.path)
             self.waiting.clear()
         except OSError as e:
-            if self.path.is_file(): os.truncate(self.path, size)         # of what went through, some may be half a line
-            if len(self.waiting) == 1: print(f'{self.path} cannot be written ({e}); its lines wait', file=sys.stderr)
+            with suppress(OSError): os.truncate(self.path, size)         # of what went through, some may be half a line
+            if len(self.waiting) == 1: say(f'{self.path} cannot be written ({e}); its lines wait', sys.stderr)
 
 def best_step(folder: Path) -> int | None:
     "Of the checkpoints in the folder, the step with the lowest held-out loss on the usual choice of batches."

@@ -211,7 +211,9 @@ def read_sealed(path: Path) -> dict:
     try: content = json.loads(path.read_bytes())
     except OSError as e: raise BadInput(f'{path} cannot be read: {e.strerror}') from None
     except (ValueError, RecursionError): content = None
-    if not isinstance(content, dict) or content.get('seal') != seal(content):
+    if isinstance(content, dict) and 'seal' not in content:
+        raise BadInput(f'{path} has no seal: another version or another program wrote it')
+    if not isinstance(content, dict) or content['seal'] != seal(content):
         raise BadInput(f'{path} is not what was written')
     return content
 
@@ -284,8 +286,8 @@ def write_shard(path: Path, ids: np.ndarray, vocab_size: int) -> dict:
 
 def open_shard(path: Path) -> np.ndarray:
     "The ids of one file, mapped into memory; raises `BadInput` for a foreign or truncated file."
-    if not path.exists(): raise BadInput(f'{path} does not exist')
-    header, size = np.fromfile(path, dtype='<i4', count=256), path.stat().st_size
+    try: header, size = np.fromfile(path, dtype='<i4', count=256), path.stat().st_size
+    except OSError as e: raise BadInput(f'{path} cannot be read: {e.strerror}') from None
     for dtype, (magic, version) in MAGIC.items():
         if len(header) == 256 and header[0] == magic and header[1] == version:
             held = (size - 1024) // dtype.itemsize
@@ -350,7 +352,7 @@ def write_dataset(documents: Iterable[Document], folder: Path, tokenizer: str = 
             if folder.exists(): shutil.rmtree(folder)
             os.replace(made, folder)
         finally: shutil.rmtree(made, ignore_errors=True)
-    except OSError as e: raise BadInput(f'{folder} cannot be written: {e.strerror}') from None
+    except OSError as e: raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
     return manifest
 
 def check_replaceable(folder: Path):
@@ -473,7 +475,8 @@ def is_split(entry: dict) -> bool:
     sizes = [entry['bytes'], entry['tokens'], *ends[1:], *(s['tokens'] for s in entry['shards'])]
     return (all(map(is_size, sizes)) and ends[-1] == entry['tokens'] == sum(s['tokens'] for s in entry['shards'])
             and [start for start, _ in entry['domains'].values()] == ends[:-1] == sorted(ends[:-1])
-            and all(Path(name).name == name for name in names) and entry['tokens'] > 1)
+            and all(Path(name).name == name and name not in ('', '..') for name in names) and entry['tokens'] > 1
+            and all(isinstance(s['sha256'], str) for s in entry['shards']))
 
 def checked_shard(path: Path, entry: dict, vocab_size: int, every_byte: bool) -> np.ndarray:
     "The ids of a shard; raises `BadInput` unless it is the one of which its manifest entry speaks."

@@ -140,7 +140,7 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
     try:
         store, *place = next(dist.rendezvous('env://', timeout=limit))
         store = dist.PrefixStore(roll_call(store, *place), store)
-    except dist.DistError as e:
+    except (dist.DistError, ValueError) as e:
         where = ':'.join(os.environ.get(name, '?') for name in ('MASTER_ADDR', 'MASTER_PORT'))
         raise BadInput(f'the processes cannot meet at {where} ({str(e).splitlines()[0]}); '
                        'torchrun --standalone finds a free port') from None
@@ -148,10 +148,14 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
                             world_size=world.size, timeout=limit)
     if hang_timeout and world.size > 1:
         heart = Heartbeat(dist.PrefixStore('heartbeat', store), world.rank, world.size, hang_timeout)
+    refused = False
     try: yield world._replace(beat=heart.beat) if heart else world
+    except BadInput:
+        refused = True                                                  # the group stays: without it the others would
+        raise                                                           # fail before this process has said why
     finally:
         if heart: heart.stopped.set()
-        dist.destroy_process_group()
+        if not refused: dist.destroy_process_group()
 
 # %% ../nbs/11_parallel.ipynb #reduce
 def all_reduce(t: Tensor, op: str = 'sum') -> Tensor:

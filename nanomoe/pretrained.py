@@ -89,12 +89,14 @@ def load_run(out_dir: str | Path) -> GPT:
     else: found = checkpoint.load_latest(folder)
     if found is None:
         raise BadInput(f'{out_dir} holds no checkpoint; train one with: python -m nanomoe.train')
+    if 'config' not in found.meta or 'model' not in found.tensors:
+        raise BadInput(f'{found.path} holds no model with its configuration')
     cfg, _ = from_dict(found.meta['config'])
     return fill(GPT(cfg), found.tensors['model'])
 
 def run_folder(path: str | Path) -> Path:
     "The folder of a run, given it or one of its steps'."
-    folder = resolve(path)
+    folder = resolve(path).resolve()
     return folder.parent if (folder/'meta.json').exists() else folder
 
 def initial_weights(init_from: str, cfg: ModelConfig, dataset: Path | None = None) -> GPT:

@@ -79,6 +79,8 @@ def load(out_dir: str | Path, device: str = 'auto'):
 
 def prompt(tokenizer, text: str) -> Tensor:
     "Ids (1, T) that begin a text: the end of a document, then the text."
+    if tokenizer.name == 'chars' and (unknown := set(text) - {word.decode() for word in tokenizer._mergeable_ranks}):
+        raise BadInput(f'the vocabulary has no {min(unknown)!r}, which the text to continue holds')
     return torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(text)]])
 
 def stream(tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -15,8 +15,8 @@ __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names
 import ctypes, dataclasses, fcntl, gc, importlib.util, json, math, os, platform, shlex, shutil, signal, subprocess, sys
 import threading, time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent import futures
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint
-from .checkpoint import Lines, cut_log, read_log
-from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, one_sentence, parse, resolve,
+from .checkpoint import Lines, cut_log, read_log, write_whole
+from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, one_sentence, parse, resolve, say,
                             to_dict)
 from .data import (TokenFile, all_windows, batch_at, load_tokenizer, mixed, n_windows, prepare, some_windows,
                           target_domains, token_bytes, training_batch)
@@ -191,9 +191,10 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
     exact = torch.float32 if world.device.type == 'mps' else torch.float64      # Apple's GPUs have no float64
     sums = torch.zeros(D, 3, dtype=exact, device=world.device)          # nats, targets, bytes of each domain
     load = torch.zeros(D, layers, cfg.n_experts, dtype=exact, device=world.device)
-    for i in range(world.rank * batch_size, len(starts), world.size * batch_size):
-        here = starts[i:i + batch_size]
-        world.beat()
+    for i in range(0, len(starts), world.size * batch_size):
+        world.beat()                                                    # as often on every process
+        here = starts[i + world.rank * batch_size:i + (world.rank + 1) * batch_size]
+        if not len(here): break
         (x, y), domain = batch_at(data, here, cfg.block_size), target_domains(data, here, cfg.block_size)
         x, y, domain = (t.to(world.device).flatten() for t in (x, y, domain))
         with autocast:
@@ -381,7 +382,7 @@ def note_spike(run: Trainer, ce: float):
     "Count a loss that leaps out of its usual range, and say so."
     usual, run.level = run.level, run.level.after(ce)
     if run.level.spikes > usual.spikes and run.world.first:
-        print(f'step {run.step}: the loss leapt to {ce:.3f} from {usual.mean:.3f} ± {usual.spread:.3f}', file=sys.stderr)
+        say(f'step {run.step}: the loss leapt to {ce:.3f} from {usual.mean:.3f} ± {usual.spread:.3f}', sys.stderr)
 
 def validate(run: Trainer, everything: bool) -> dict:
     "Validation figures on the whole held-out text, or on the fixed choice of `eval_iters` micro-batches."
@@ -395,8 +396,8 @@ def check_folder(folder: Path):
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise BadInput(f'out_dir {folder} cannot be written: {there} is {"read-only" if there.is_dir() else "a file"}')
-    ours, theirs = folder/'config.json', [name for name in ('config.json', 'tokenizer.json') if (folder/name).exists()]
-    if theirs and not (ours.exists() and b'"out_dir"' in ours.read_bytes()):
+    theirs = [name for name in ('config.json', 'tokenizer.json') if (folder/name).exists()]
+    if theirs and not (folder/'.lock').exists():                        # every run leaves one
         raise BadInput(f'out_dir {folder} holds the {theirs[0]} of another program; use another --out_dir')
 
 def open_data(dataset: str, block_size: int) -> tuple[TokenFile, TokenFile]:
@@ -431,11 +432,15 @@ def fingerprint(data: TokenFile) -> list[str]:
     return [s['sha256'] for s in data.manifest['splits']['train']['shards']]
 
 # %% ../nbs/12_train.ipynb #resume-state
-def save(run: Trainer):
-    "Begin a checkpoint of this step from the first process; it is written while training goes on."
+def save(run: Trainer, halt: bool):
+    "Begin a checkpoint of this step from the first process; it is written while training goes on, unless that is to `halt`."
     if not run.world.first: return
+    limit = run.cfg.hang_timeout / 2 if run.cfg.hang_timeout and not halt else None      # the others wait meanwhile
+    if futures.wait([run.saver.writing], limit).not_done:
+        say(f'step {run.step}: the checkpoint before is still being written, so this one is left out', sys.stderr)
+        return
     saved(run)                                                          # the one before
-    run.log.write(sync=True)                                            # no line before this step may be missing later
+    for lines in (run.samples, run.log): lines.write(sync=True)         # none before this step may be missing later
     names = parameter_names(run.model, run.optimizer)
     tensors = {'model': run.model.state_dict(), 'optim': checkpoint.optimizer_tensors(run.optimizer, names)}
     meta = {'config': to_dict(run.model_cfg, run.cfg), 'data': fingerprint(run.data), 'skipped': run.skipped,
@@ -444,10 +449,12 @@ def save(run: Trainer):
 
 def saved(run: Trainer) -> bool:
     "Wait until the newest checkpoint is on disk; says so where it could not be written, and the run goes on."
+    while not run.saver.writing.done():
+        run.world.beat()
+        time.sleep(0.01)
     try: run.saver.wait()
     except OSError as e:
-        print(f'a checkpoint could not be written ({e}); the older ones are kept, and the next is tried at its time',
-              file=sys.stderr, flush=True)
+        say(f'a checkpoint could not be written ({e}); the older ones are kept, and the next is tried at its time', sys.stderr)
         return False
     return True
 
@@ -523,7 +530,7 @@ def begin_files(run: Trainer):
     problem = None
     if run.world.first:
         try: write_files(run)
-        except OSError as e: problem = BadInput(f'out_dir {run.out_dir} cannot be written: {e.strerror}')
+        except OSError as e: problem = BadInput(f'out_dir {run.out_dir} cannot be written: {e.strerror or e}')
         except BadInput as e: problem = e
     if any_process(run, problem is not None): raise problem or BadInput(f'the first process cannot write {run.out_dir}')
 
@@ -531,8 +538,8 @@ def write_files(run: Trainer):
     run.out_dir.mkdir(parents=True, exist_ok=True)
     run.lock = hold(run.out_dir)
     checkpoint.sweep(run.out_dir)
-    (run.out_dir/'config.json').write_text(json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
-    shutil.copyfile(run.data.folder/'tokenizer.json', run.out_dir/'tokenizer.json')
+    write_whole(run.out_dir/'config.json', json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
+    write_whole(run.out_dir/'tokenizer.json', (run.data.folder/'tokenizer.json').read_text())
     cut_log(run.log.path, run.step)
     logged = [0] + [row['step'] for row in read_log(run.log.path)]
     cut_log(run.samples.path, logged[-1])                               # an evaluation's line comes after its samples
@@ -581,7 +588,9 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
 def finish(run: Trainer):
     "Wait for the last checkpoint and the last lines; raises `RuntimeError` where the disk refused them."
     if not run.world.first: return
-    written = saved(run) and run.log.written and run.samples.written
+    written = saved(run)
+    for lines in (run.samples, run.log): lines.write()
+    written = written and run.samples.written and run.log.written
     run.lock.close()
     if not written:
         raise RuntimeError(f'the end of the run could not be written; make room on the disk of {run.out_dir}, and the '
@@ -597,7 +606,7 @@ def records(run: Trainer, stop: StopRequest) -> Iterator[Record]:
         if halt or logging or due(run, 'checkpoint'):
             rate = (run.step - since) * run.tokens_per_step / (time.perf_counter() - clock)
             run.newest = make_record(run, stats, norm, rate)
-        if halt or due(run, 'checkpoint'): save(run)
+        if halt or due(run, 'checkpoint'): save(run, halt or run.step == run.cfg.max_iters)
         if halt and (due(run, 'eval') or not logging): yield run.newest; return      # its line is the next start's
         if logging:
             yield log(run)
@@ -634,8 +643,8 @@ def live_line(r: Record, cfg: TrainConfig, bits: float, started: float, first: i
 
 def show(line: str, keep: bool):
     "Rewrite the terminal's last line; print a line of its own where it should stay or there is no terminal."
-    if sys.stdout.isatty(): print('\r\033[K' + line, end='\n' if keep else '', flush=True)
-    else: print(line, flush=True)
+    if not sys.stdout.isatty(): say(line)
+    else: print('\r\033[K' + line, end='\n' if keep else '', flush=True)
 
 # %% ../nbs/12_train.ipynb #summary
 def summary(out_dir: Path, data: TokenFile, model_cfg: ModelConfig, newest: Record | None = None) -> str:
@@ -685,11 +694,11 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
         if r.ce is not None: show(live_line(r, cfg, bits, started, first), keep=bool(r.val))
         if tracker: tracker.log(r.row(), step=r.step)
     if tracker: tracker.finish()
-    stopped = r is not None and r.step < cfg.max_iters and not cfg.eval_only
+    stopped = r is not None and (r.step < cfg.max_iters or not r.val) and not cfg.eval_only      # the last has val
     if speaks:
-        if stopped: print(f'\nstopped after step {r.step}; the same command continues from there')
+        if stopped: say(f'\nstopped after step {r.step}; the same command continues from there')
         data = TokenFile(cfg.dataset, 'val')
-        print('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data), r), flush=True)
+        say('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data), r))
     return not stopped
 
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
@@ -702,7 +711,9 @@ def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
 def leave(code: int):
     "Exit with this code; under torchrun not waiting for gloo, whose threads sometimes abort a closing process."
     if 'RANK' not in os.environ: return sys.exit(code) if code else None
-    gc.collect(); sys.stdout.flush(); sys.stderr.flush()
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError): stream.flush()
     os._exit(code)
 
 if __name__ == '__main__' and '__file__' in globals(): main()
@@ -721,4 +732,4 @@ def train_all(runs: dict[str, str], out_dir: str, jobs: int = 2) -> dict[str, li
         if done.returncode and 'was not finite' not in done.stderr:
             raise RuntimeError(f'{name} failed: {done.stderr.strip().splitlines()[-1]}')
         return read_log(folder/'log.jsonl')
-    with ThreadPoolExecutor(jobs) as pool: return dict(zip(runs, pool.map(one, runs)))
+    with futures.ThreadPoolExecutor(jobs) as pool: return dict(zip(runs, pool.map(one, runs)))

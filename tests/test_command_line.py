@@ -4,12 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nanomoe import bench, data, sample, train, viz
+from nanomoe import bench, checkpoint, data, sample, train, viz
 from nanomoe.config import PRESETS, BadInput, ModelConfig, TrainConfig, check, from_dict, parse, to_dict
+from nanomoe.model import GPT
 
 
 def said(program, argv: list[str], capsys) -> tuple[int, str]:
@@ -81,6 +83,7 @@ BAD = {
     'folder of others': (train, 'tiny --out_dir {bad}/theirs', 'theirs holds the config.json of another program'),
     'no such way to change': (train, 'tiny --allow_changed n_embd', 'allow_changed must name some of top_k'),
     'weights of another shape': (train, 'tiny --init_from {bad}/flipped', 'flipped holds no checkpoint'),
+    'a character it never saw': (sample, '{bad}/chars --start X', "the vocabulary has no 'X'"),
     'no run': (sample, 'out/nowhere', 'out/nowhere holds no checkpoint'),
     'old file prefix': (sample, 'out/x --start FILE:prompt.txt', 'use --start_file=prompt.txt'),
     'cold below zero': (sample, 'out/x --temperature=-1',
@@ -108,6 +111,10 @@ def bad(tmp_path_factory) -> Path:
     (folder/'edited'/'manifest.json').write_text(json.dumps(manifest | {'vocab_size': 200}))
     (folder/'beyond'/'manifest.json').write_text(json.dumps(data.sealed(manifest | {'vocab_size': 200})))
     data.save_tokenizer(data.make_tokenizer('chars', [data.Document('abc', '', '')], 0), folder/'swapped')
+    model = PRESETS['tiny'][0]
+    model = replace(model, vocab_size=4)
+    checkpoint.save(folder/'chars', 1, {'model': GPT(model).state_dict()}, {'config': to_dict(model, TrainConfig())})
+    data.save_tokenizer(data.make_tokenizer('chars', [data.Document('abc', '', '')], 0), folder/'chars')
     (folder/'theirs').mkdir()
     (folder/'theirs'/'config.json').write_text('{"model_type": "mixtral"}')
     return folder

@@ -40,7 +40,8 @@ def read_all(folder: Path):
         tokens = TokenFile(folder, split)
         starts = data.all_windows(tokens, 32)[:4]
         data.batch_at(tokens, starts, 32), data.target_domains(tokens, starts, 32)
-    data.load_tokenizer(folder).decode([1, 2, 3])
+    tokenizer = data.load_tokenizer(folder)
+    tokenizer.decode(range(min(3, tokenizer.n_vocab)))
 
 
 def test_every_flipped_bit_is_found(dataset, tmp_path, seed, soak):
@@ -189,7 +190,8 @@ def test_fuzzed_tokenizers(dataset, tmp_path, seed, soak):
     folder, content = shutil.copytree(dataset, tmp_path/'copy'), (dataset/'tokenizer.json').read_bytes()
     def tokenizers(case):
         (folder/'tokenizer.json').write_bytes(case)
-        data.load_tokenizer(folder).decode([1, 2, 3])
+        tokenizer = data.load_tokenizer(folder)
+        tokenizer.decode(range(min(3, tokenizer.n_vocab)))
     flat = {key: value for key, value in json.loads(content).items() if key != 'seal'}
     fuzz(damaged(content) | rewritten(flat).map(lambda tree: json.dumps(sealed(tree) if isinstance(tree, dict) else tree).encode()),
          tokenizers, seed, 1000 if soak else 100)
@@ -218,6 +220,37 @@ def test_fuzzed_checkpoints(tmp_path, seed, soak):
         (step/'meta.json').write_text(json.dumps(sealed(tree) if isinstance(tree, dict) else tree))
         checkpoint.load(step)
     fuzz(st.tuples(rewritten(flat), st.just(weights)) | st.tuples(st.just(flat), damaged(weights)), checkpoints, seed, 1000 if soak else 100)
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', 'x' * 300, '/etc/passwd', 'folder'])
+def test_a_shard_that_is_no_file(dataset, tmp_path, name):
+    folder = shutil.copytree(dataset, tmp_path/'copy')
+    (folder/'folder').mkdir()
+    flat = json.loads((folder/'manifest.json').read_text())
+    flat['splits']['train']['shards'][0]['file'] = name
+    (folder/'manifest.json').write_text(json.dumps(sealed(flat)))
+    for call in (read_all, data.verify):
+        with pytest.raises(BadInput): call(folder)
+
+
+def test_a_checkpoint_that_cannot_be_read_or_holds_no_model(tmp_path, capsys):
+    root = saved(tmp_path/'run')
+    assert {path.stat().st_mode & 0o777 for path in root.glob('*/*')} == {(root/'step-00000020').stat().st_mode & 0o666}
+    (root/'step-00000020'/'optim.safetensors').unlink()
+    (root/'step-00000020'/'optim.safetensors').mkdir()
+    assert checkpoint.load_latest(root).step == 10 and 'is not what was written' in capsys.readouterr().err
+    (root/'step-00000010'/'meta.json').write_text(json.dumps(sealed({'step': 10, 'sha256': {}})))
+    with pytest.raises(BadInput, match='holds no model with its configuration'): pretrained.load_run(root)
+
+
+def test_names_of_the_users_beside_checkpoints(tmp_path):
+    root = saved(tmp_path/'run', steps=(10,))
+    shutil.copytree(root/'step-00000010', root/'step-00000010-good')
+    (root/'step-00000005').symlink_to(root/'step-00000010-good')        # moved to another disk
+    (root/'log.jsonl').write_text('{"step": 10, "val_ce": 1.0, "val_tokens": 5}\n')
+    assert checkpoint.best_step(root) == 10
+    saved(root, steps=(20, 30))
+    assert (root/'step-00000010-good').exists() and checkpoint.load_latest(root).step == 30
 
 
 def test_fuzzed_logs(tmp_path, seed, soak):

@@ -149,6 +149,62 @@ def test_two_runs_do_not_write_one_folder(words, tmp_path):
     first.kill(); first.join()
 
 
+def stop_in_the_last_step(words: list[str], diary: Path):
+    real = train.update
+    def update(run):
+        if run.step == 59: os.kill(os.getpid(), signal.SIGTERM)
+        return real(run)
+    train.update = update
+    life(words, diary)
+
+
+def test_a_stop_in_the_last_step_is_a_stop(words, whole, tmp_path):
+    "Its evaluation is still to be made, so the exit code says that it has not finished."
+    command = [*words, f'--out_dir={tmp_path}/run']
+    process = start(command, tmp_path/'diary', stop_in_the_last_step)
+    process.join()
+    assert process.exitcode == 130 and 'stopped after step 60' in (tmp_path/'diary.said').read_text()
+    process = start(command, tmp_path/'diary')
+    process.join()
+    assert process.exitcode == 0
+    assert_equal_runs(tmp_path/'run', whole/'run')
+
+
+def test_a_config_that_a_kill_took_does_not_lock_the_run_out(words, whole, tmp_path):
+    shutil.copytree(whole/'run', tmp_path/'run')
+    (tmp_path/'run'/'config.json').write_text('')
+    (tmp_path/'run'/'tokenizer.json').unlink()
+    process = start([*words, f'--out_dir={tmp_path}/run'], tmp_path/'diary')
+    process.join()
+    assert process.exitcode == 0 and (tmp_path/'run'/'config.json').read_text() == (whole/'run'/'config.json').read_text().replace(
+        str(whole/'run'), str(tmp_path/'run'))
+
+
+def test_a_slow_disk_is_no_hang(words, tmp_path):
+    "Saves take longer than `hang_timeout`: in mid-run one is left out, at the end they are waited for."
+    program = tmp_path/'program.py'
+    program.write_text('import sys, time\nfrom nanomoe import checkpoint, train\nreal = checkpoint.save\n'
+                       'def slow(*args):\n    time.sleep(8)\n    return real(*args)\n'
+                       'checkpoint.save = slow\ntrain.main(sys.argv[1:])')
+    done = torchrun(program, *words, '--hang_timeout=6', '--max_iters=12', f'--out_dir={tmp_path}/run')
+    assert done.returncode == 0, done.stderr
+    assert 'step 10: the checkpoint before is still being written, so this one is left out' in done.stderr
+    assert [path.name for path in checkpoint.steps(tmp_path/'run')] == ['step-00000005', 'step-00000012']
+
+
+def test_a_process_that_alone_meets_bad_data_says_so(words, tmp_path):
+    "In mid-run, while the other waits for it."
+    program = tmp_path/'program.py'
+    program.write_text('import os, sys\nfrom nanomoe import train\nfrom nanomoe.config import BadInput\n'
+                       'real = train.training_batch\n'
+                       'def batch(data, first, *rest):\n'
+                       '    if os.environ["RANK"] == "1" and first >= 5 * 16: raise BadInput("shard 7 holds token id 999")\n'
+                       '    return real(data, first, *rest)\n'
+                       'train.training_batch = batch\ntrain.main(sys.argv[1:])')
+    done = torchrun(program, *words, f'--out_dir={tmp_path}/run')
+    assert done.returncode == 1 and done.stderr.count('shard 7 holds token id 999') == 1
+
+
 def die_before_the_line(words: list[str], diary: Path):
     "A life that ends when step 30 is saved and its samples are written, but not its line in the log."
     real = train.routed_text
@@ -211,16 +267,20 @@ def small_disk(tmp_path):
     subprocess.run(['umount', '-l', tmp_path/'disk'], check=True)
 
 
+def fill(disk: Path):
+    "To the last byte."
+    with open(disk/'ballast', 'wb', buffering=0) as f:
+        for size in (65536, 1):
+            try:
+                while True: f.write(bytes(size))
+            except OSError: pass
+
+
 def fill_disk(words: list[str], diary: Path, disk: Path):
     "A life in which the disk is filled to the last byte before step 12 and emptied before step 28."
     real = train.update
     def update(run):
-        if run.step == 12:
-            with open(disk/'ballast', 'wb', buffering=0) as f:
-                for size in (65536, 1):
-                    try:
-                        while True: f.write(bytes(size))
-                    except OSError: pass
+        if run.step == 12: fill(disk)
         if run.step == 28: (disk/'ballast').unlink()
         return real(run)
     train.update = update
@@ -248,6 +308,41 @@ def test_a_disk_that_stays_full(words, small_disk, whole, tmp_path):
     assert process.exitcode == 1 and 'the end of the run could not be written; make room on the disk' in said
     assert checkpoint.load_latest(small_disk/'run').step in (5, 10)
     (small_disk/'ballast').unlink()
+    process = start(command, tmp_path/'diary')
+    process.join()
+    assert process.exitcode == 0
+    assert_equal_runs(small_disk/'run', whole/'run')
+
+
+def test_a_terminal_on_a_full_disk(words, whole, tmp_path):
+    "Nobody can read that it goes on; it goes on."
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([sys.executable, '-m', 'nanomoe.train', *words, f'--out_dir={tmp_path}/run'], env=ENVIRONMENT,
+                              stdout=full, stderr=subprocess.PIPE, text=True)
+    assert 'Traceback' not in done.stderr
+    assert_equal_runs(tmp_path/'run', whole/'run')
+
+
+def fill_for_samples(words: list[str], diary: Path, disk: Path):
+    "A life whose disk is full while step 30 writes its samples, and which is told to stop soon after."
+    real_text, real_update = train.routed_text, train.update
+    def routed_text(run):
+        if run.step == 30: fill(disk)
+        yield from real_text(run)
+    def update(run):
+        if run.step == 30: (disk/'ballast').unlink()
+        if run.step == 32: os.kill(os.getpid(), signal.SIGTERM)
+        return real_update(run)
+    train.routed_text, train.update = routed_text, update
+    life(words, diary)
+
+
+def test_samples_that_wait_are_saved_by_a_stop(words, whole, small_disk, tmp_path):
+    command = [*words, f'--out_dir={small_disk}/run']
+    process = start(command, tmp_path/'diary', fill_for_samples, small_disk)
+    process.join()
+    said = (tmp_path/'diary.said').read_text()
+    assert process.exitcode == 130 and 'its lines wait' in said and 'Traceback' not in said, said
     process = start(command, tmp_path/'diary')
     process.join()
     assert process.exitcode == 0
