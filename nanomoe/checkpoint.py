@@ -178,7 +178,7 @@ class Lines:
         self.write()
 
     def write(self, sync: bool = False):
-        "Try to write what waits; with `sync` it is on disk when this returns."
+        "Try to write what waits, with `sync` through to the disk; what is refused goes on waiting."
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, 'a') as f: f.write(''.join(self.waiting))

@@ -435,8 +435,8 @@ def fingerprint(data: TokenFile) -> list[str]:
 def save(run: Trainer, halt: bool):
     "Begin a checkpoint of this step from the first process; it is written while training goes on, unless that is to `halt`."
     if not run.world.first: return
-    limit = run.cfg.hang_timeout / 2 if run.cfg.hang_timeout and not halt else None      # the others wait meanwhile
-    if futures.wait([run.saver.writing], limit).not_done:
+    limit = run.cfg.hang_timeout / 2 or None                            # the others wait meanwhile
+    if not halt and futures.wait([run.saver.writing], limit).not_done:
         say(f'step {run.step}: the checkpoint before is still being written, so this one is left out', sys.stderr)
         return
     saved(run)                                                          # the one before

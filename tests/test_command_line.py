@@ -158,16 +158,16 @@ def test_under_torchrun_the_sentence_comes_once():
     assert run.returncode == 1 and run.stderr.count(sentence) == 1
 
 
-def test_a_port_in_use():
+def test_a_port_in_use(tmp_path):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
         port = taken.getsockname()[1]
-        run = subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', '--out_dir=/tmp/nowhere/run'], capture_output=True, text=True,
+        run = subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', f'--out_dir={tmp_path}/run'], capture_output=True, text=True,
                              env={**os.environ, 'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
     assert run.returncode == 2 and 'Traceback' not in run.stderr
     assert f'the processes cannot meet at 127.0.0.1:{port} (' in run.stderr and 'address already in use' in run.stderr
-    assert 'torchrun --standalone finds a free port' in run.stderr and not Path('/tmp/nowhere').exists()
+    assert 'torchrun --standalone finds a free port' in run.stderr and not (tmp_path/'run').exists()
 
 
 def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):
