@@ -1,4 +1,4 @@
-"""Options of the tests: how long to go on breaking things, and the seed of what breaks when."""
+"""Options of the tests: how long to go on breaking things, the seed of what breaks when, how much to click through."""
 import time
 
 import pytest
@@ -6,6 +6,7 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption('--soak', action='store_true', help='100 kills and 1000 fuzzed files in place of a few')
+    parser.addoption('--every-notebook', action='store_true', help='all notebooks in the browser in place of a half')
     parser.addoption('--seed', type=int, default=time.time_ns() % 1_000_000, help='of random kills and flips')
 
 

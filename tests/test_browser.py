@@ -1,5 +1,7 @@
-"""JupyterLab in a real browser: notebooks run from top to bottom, and a slider changes its picture."""
-import hashlib
+"""JupyterLab in a real browser: notebooks run from top to bottom, and explorers answer to keyboard and mouse.
+
+Screenshots stay in out/screenshots. `--every-notebook` takes all notebooks in place of a chosen half.
+"""
 import os
 import secrets
 import shutil
@@ -13,6 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SHOTS = ROOT/'out'/'screenshots'
+NOTEBOOKS = sorted(path.stem for path in (ROOT/'nbs').glob('*.ipynb'))
+CHOSEN = {'index', '03_router', '04_viz', '05_capacity', '06_experts', '07_losses', '15_report', '21_router_lab'}
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 
@@ -27,7 +32,7 @@ ERRORS = f'() => {CELLS}.flatMap(c => c.outputs.filter(o => o.output_type === "e
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    "Address of a JupyterLab that serves a copy of the project, and the folder it may write to."
+    "Address of a JupyterLab that serves a copy of the project, with a place for the notebook's name."
     folder = tmp_path_factory.mktemp('lab')
     shutil.copytree(ROOT/'nbs', folder/'nbs')
     for name in ('settings.ini', 'nanomoe', 'tests', 'assets'): os.symlink(ROOT/name, folder/name)
@@ -49,7 +54,7 @@ def lab(tmp_path_factory):
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **places})
     try:
         wait_until_up(f'http://127.0.0.1:{port}/api/status?token={token}')
-        yield f'http://127.0.0.1:{port}/lab/workspaces/{{0}}/tree/nbs/{{0}}.ipynb?token={token}', folder
+        yield f'http://127.0.0.1:{port}/lab/workspaces/{{0}}/tree/nbs/{{0}}.ipynb?token={token}'
     finally:
         server.terminate()
         server.wait(30)
@@ -80,58 +85,96 @@ def run_all(page, url: str):
     """
     page.goto(url)
     page.wait_for_selector('.jp-NotebookPanel .jp-Cell', timeout=60_000)
-    before, deadline = None, time.monotonic() + 300
+    before, since, deadline = None, time.monotonic(), time.monotonic() + 300
     while time.monotonic() < deadline:
         if page.locator('.jp-Dialog').count():
             page.locator('.jp-Dialog select').select_option(label='Python 3 (ipykernel)')
             page.locator('.jp-Dialog .jp-mod-accept').click()
         now = page.evaluate(IDLE_AFTER)
         if now == 'all': return
-        if now is not None and now == before:                           # idle, and no cell more than a while ago
+        if now is None or now != before: before, since = now, time.monotonic()
+        elif time.monotonic() - since > 2:                              # idle, and no cell more than a while ago
             page.evaluate('() => { window.jupyterapp.commands.execute("notebook:run-all-cells") }')
-        before = now
-        time.sleep(3)
+            since = time.monotonic()
+        time.sleep(0.25)
     raise TimeoutError(f'{url} did not run to its end')
 
 
-@pytest.mark.parametrize('notebook', ['04_viz', '12_train'])
-def test_run_all_and_move_a_slider(lab, browser, notebook):
-    url, folder = lab
+@pytest.mark.parametrize('notebook', NOTEBOOKS)
+def test_run_all_and_touch_every_explorer(lab, browser, notebook, request):
+    if notebook not in CHOSEN and not request.config.getoption('--every-notebook'): pytest.skip('not in the chosen half')
     page = browser.new_page(viewport={'width': 1280, 'height': 1000})
-    run_all(page, url.format(notebook))
+    run_all(page, lab.format(notebook))
     assert page.evaluate(ERRORS) == []
-    handle = scroll_to_slider(page)
-    image = handle.locator('xpath=ancestor::*[contains(@class, "widget-vbox")][1]//img').first
-    picture = lambda: hashlib.sha256(image.get_attribute('src').encode()).hexdigest()
-    before = picture()
-    page.screenshot(path=folder/f'{notebook}-before.png')
-    handle.focus()
-    for _ in range(3): page.keyboard.press('ArrowRight')
-    for _ in range(200):
-        if picture() != before: break
-        time.sleep(0.1)
-    page.screenshot(path=folder/f'{notebook}-after.png')
-    keep_screenshots(folder)
-    assert picture() != before
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    explorers = page.evaluate(EXPLORERS)
+    assert explorers or notebook == 'index'
+    for i, index in enumerate(explorers):
+        cell = scroll_to(page, index)
+        shot = lambda what: page.screenshot(path=SHOTS/f'{notebook}-{i}-{what}.png')
+        shot('before')
+        for way in (by_keyboard, by_mouse):
+            before = seen(cell)
+            way(page, cell)
+            wait_for(lambda: seen(cell) != before, f'{notebook}, explorer {i}: {way.__name__} changed nothing')
+        shot('after')
+    page.evaluate('() => window.jupyterapp.commands.execute("apputils:change-theme", {theme: "JupyterLab Dark"})')
+    page.wait_for_selector('body[data-jp-theme-light="false"]', state='attached')
+    for index in explorers[:1]: scroll_to(page, index)
+    page.screenshot(path=SHOTS/f'{notebook}-dark.png')
+    page.evaluate('() => window.jupyterapp.commands.execute("apputils:change-theme", {theme: "JupyterLab Light"})')
+    page.evaluate(f'() => {NOTEBOOK}.sessionContext.shutdown()')
     page.close()
 
 
-def scroll_to_slider(page):
-    "The handle of the notebook's first slider; JupyterLab draws a cell only when it is near the screen."
-    count = page.evaluate('() => window.jupyterapp.shell.currentWidget.content.widgets.length')
-    for i in range(count):
-        page.evaluate(f'''async () => {{ const notebook = window.jupyterapp.shell.currentWidget.content
-                                         notebook.activeCellIndex = {i}
-                                         await notebook.scrollToItem({i}) }}''')
-        handle = page.locator('.noUi-handle').first
-        if handle.count():
-            handle.scroll_into_view_if_needed()
-            return handle
-    raise AssertionError('the notebook shows no slider')
+EXPLORERS = f'''() => {NOTEBOOK}.content.widgets.map((w, i) => [w.model.sharedModel, i])
+                  .filter(([m, i]) => m.cell_type === 'code' && /^(box = |.* = )?explore\\(/m.test(m.source)).map(([m, i]) => i)'''
 
 
-def keep_screenshots(folder: Path):
-    "Copy the screenshots to where NANOMOE_SCREENSHOTS says, if it says so, to be looked at."
-    if target := os.environ.get('NANOMOE_SCREENSHOTS'):
-        Path(target).mkdir(parents=True, exist_ok=True)
-        for path in folder.glob('*.png'): shutil.copy(path, target)
+def scroll_to(page, index: int):
+    "The cell at a place in the notebook, brought into view; JupyterLab draws a cell only when it is near the screen."
+    page.evaluate(f'''async () => {{ const notebook = {NOTEBOOK}.content
+                                     notebook.activeCellIndex = {index}
+                                     await notebook.scrollToItem({index}, 'center') }}''')
+    cell = page.locator(f'.jp-Cell[data-windowed-list-index="{index}"]')
+    cell.locator('.widget-vbox').first.wait_for()
+    cell.locator('.widget-vbox').first.scroll_into_view_if_needed()
+    return cell
+
+
+def seen(cell) -> str:
+    "What an explorer shows: the address of its picture, which is new for each, or its HTML."
+    picture = cell.locator('img.widget-image, .widget-html-content').first
+    return picture.evaluate('e => e.src || e.innerHTML')
+
+
+def by_keyboard(page, cell):
+    "Move the first slider by three steps, from its end back if it is there; without a slider type a word."
+    if not (handle := cell.locator('.noUi-handle').first).count():
+        cell.locator('input[type=text]').first.fill('for n in range(10): print(n)')
+        return page.keyboard.press('Enter')
+    handle.focus()
+    at_end = handle.get_attribute('aria-valuenow') == handle.get_attribute('aria-valuemax')
+    for _ in range(3): page.keyboard.press('ArrowLeft' if at_end else 'ArrowRight')
+
+
+def by_mouse(page, cell):
+    "Drag the first slider to the far end of its track; without one click into the field and change its end."
+    if not (handle := cell.locator('.noUi-handle').first).count():
+        cell.locator('input[type=text]').first.click()
+        page.keyboard.press('End')
+        page.keyboard.type(' # and more')
+        return page.keyboard.press('Enter')
+    track, knob = cell.locator('.noUi-base').first.bounding_box(), handle.bounding_box()
+    x, y = knob['x'] + knob['width'] / 2, knob['y'] + knob['height'] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(track['x'] + track['width'] * (0.05 if x > track['x'] + track['width'] / 2 else 0.95), y, steps=8)
+    page.mouse.up()
+
+
+def wait_for(fact, otherwise: str, seconds: float = 30):
+    deadline = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)

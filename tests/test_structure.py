@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LESSONS = [path for path in NOTEBOOKS if re.match(r'\d\d_', path.name)]
-MODULES = {path.stem[3:]: path for path in LESSONS if int(path.name[:2]) < 20}
+MODULES = {path.stem[3:]: path for path in LESSONS if '#| default_exp' in path.read_text()}
 
 
 def cells(path: Path, kind: str = 'code') -> list[dict]:
@@ -106,6 +106,19 @@ def test_lessons_have_their_form(path):
     assert pictures >= 3
     assert sum('<details>' in p for p in prose) >= 2, 'exercises have folded answers'
     assert not any(re.search(r'from \S+ import \*', c) for c in code)
+    assert sum(len(re.findall(r'\bexplore\(', c)) - len(re.findall(r'def explore\(', c)) for c in code) >= 1
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_lessons_lead_on(path):
+    "Where a lesson stands is said below its title, with links to its neighbours, and the last words lead to the next."
+    prose = [source(c) for c in cells(path, 'markdown')]
+    place = LESSONS.index(path)
+    assert source(json.loads(path.read_text())['cells'][1]) == prose[1] and prose[1].startswith('*')
+    line = prose[1].splitlines()[0]
+    around = [LESSONS[i].name for i in (place - 1, place + 1) if 0 <= i < len(LESSONS)]
+    assert all(name in line for name in around), line
+    assert place + 1 == len(LESSONS) or LESSONS[place + 1].name in prose[-1]
 
 
 def test_readme_is_made_from_the_index(tmp_path):

@@ -1,4 +1,4 @@
-"Make README.md and its pictures (assets/index-….png) from nbs/index.ipynb; another folder may be named."
+"Make README.md and its pictures (assets/index-…) from nbs/index.ipynb; another folder may be named."
 import base64
 import json
 import re
@@ -21,9 +21,10 @@ def readme(notebook: dict) -> tuple[str, dict[str, bytes]]:
         for output in cell['outputs']:
             if output['output_type'] == 'stream':
                 parts.append('```\n' + ''.join(output['text']).rstrip() + '\n```')
-            if picture := output.get('data', {}).get('image/png'):
-                path = f'assets/index-{cell["id"]}.png'
-                pictures[path] = base64.b64decode(''.join(picture))
+            for kind, end in (('image/png', 'png'), ('image/svg+xml', 'svg')):
+                if not (picture := ''.join(output.get('data', {}).get(kind, ''))): continue
+                path = f'assets/index-{cell["id"]}.{end}'
+                pictures[path] = base64.b64decode(picture) if end == 'png' else picture.encode()
                 parts.append(f'![{cell["id"].replace("-", " ")}]({path})')
     return '\n\n'.join(part.strip() for part in parts) + '\n', pictures
 

@@ -39,7 +39,7 @@ def still(output: dict) -> dict | None:
     data = output.get('data', {})
     if WIDGET not in data: return output
     del data[WIDGET]
-    return output if 'image/png' in data else None
+    return output if {'image/png', 'text/html'} & data.keys() else None
 
 
 def run(path: Path, skipped: set[str]) -> float:
