@@ -3,8 +3,10 @@
 Screenshots stay in out/screenshots. `--every-notebook` takes all notebooks in place of a chosen half.
 """
 import os
+import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -69,6 +71,7 @@ def wait_until_up(url: str):
 
 @pytest.fixture(scope='module')
 def browser():
+    SHOTS.mkdir(parents=True, exist_ok=True)
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM,
@@ -106,7 +109,6 @@ def test_run_all_and_touch_every_explorer(lab, browser, notebook, request):
     page = browser.new_page(viewport={'width': 1280, 'height': 1000})
     run_all(page, lab.format(notebook))
     assert page.evaluate(ERRORS) == []
-    SHOTS.mkdir(parents=True, exist_ok=True)
     explorers = page.evaluate(EXPLORERS)
     assert explorers or notebook == 'index'
     for i, index in enumerate(explorers):
@@ -117,6 +119,7 @@ def test_run_all_and_touch_every_explorer(lab, browser, notebook, request):
             before = seen(cell)
             way(page, cell)
             wait_for(lambda: seen(cell) != before, f'{notebook}, explorer {i}: {way.__name__} changed nothing')
+            wait_for(lambda: page.evaluate(f'() => {KERNEL}.status') == 'idle', f'{notebook}: the kernel never rests')
         shot('after')
     page.evaluate('() => window.jupyterapp.commands.execute("apputils:change-theme", {theme: "JupyterLab Dark"})')
     page.wait_for_selector('body[data-jp-theme-light="false"]', state='attached')
@@ -178,3 +181,59 @@ def wait_for(fact, otherwise: str, seconds: float = 30):
     while not fact():
         assert time.monotonic() < deadline, otherwise
         time.sleep(0.1)
+
+
+def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
+    "A run of two processes is watched while it goes on; the page keeps its last picture when the watcher ends."
+    run, quiet = tmp_path/'run', dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    train = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m',
+                              'nanomoe.train', 'tiny', f'--out_dir={run}', '--max_iters=400', '--eval_interval=100',
+                              '--device=cpu'], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **quiet)
+    run.mkdir(exist_ok=True)
+    watch = subprocess.Popen([sys.executable, '-m', 'nanomoe.viz', 'watch', run, '--port=0', '--open=False'],
+                             cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    page, errors, asked = browser.new_page(viewport={'width': 1000, 'height': 1000}), [], []
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.on('request', lambda r: asked.append((time.monotonic(), r.url)))
+    try:
+        page.goto(re.search(r'http://\S+', watch.stdout.readline())[0])
+        steps = set()
+        def step(): return page.locator('#facts td').first.inner_text(timeout=60_000)
+        while train.poll() is None: steps.add(step()); time.sleep(0.2)
+        wait_for(lambda: step() == '400 of 400', 'the last step never came')
+        wait_for(lambda: page.locator('#text pre').count() > 0, 'no text by expert')
+        assert len(steps) >= 3, steps                                   # it moved while the run did
+        page.locator('#layer').select_option('1')
+        wait_for(lambda: 'MoE layer 1' in page.locator('#board').inner_text(), 'the other layer never came')
+        page.screenshot(path=SHOTS/'watch.png', full_page=True)
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(20) == 0
+        wait_for(lambda: 'the watcher has ended' in page.locator('#state').inner_text(), 'silent about its end')
+        assert page.locator('#board svg').count() == 1 and errors == []
+        boards = [at for at, url in asked if '/board' in url]
+        assert len(boards) / (boards[-1] - boards[0]) < 4               # questions a second
+    finally:
+        for process in (train, watch): process.kill()
+        page.close()
+
+
+def test_a_report_opens_from_disk(browser, tmp_path):
+    "One page, no network: every picture is there, tabs change the text."
+    run = tmp_path/'run'
+    subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', f'--out_dir={run}', '--max_iters=40',
+                    '--eval_interval=20', '--device=cpu'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, '-m', 'nanomoe.viz', 'report', run], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    shutil.move(run/'report.html', tmp_path/'elsewhere.html')
+    shutil.rmtree(run)
+    page, asked = browser.new_page(viewport={'width': 1000, 'height': 1000}, color_scheme='dark'), []
+    page.on('request', lambda r: asked.append(r.url))
+    page.goto((tmp_path/'elsewhere.html').as_uri())
+    assert page.evaluate('() => [...document.images].every(image => image.naturalWidth > 0)')
+    assert page.locator('img').count() >= 7
+    first, second = page.locator('#text-pane-0'), page.locator('#text-pane-1')
+    assert first.is_visible() and not second.is_visible()
+    page.get_by_text('layer 1', exact=True).first.click()
+    assert second.is_visible() and not first.is_visible()
+    assert [url for url in asked if not url.startswith(('file:', 'data:'))] == []
+    page.screenshot(path=SHOTS/'report.png', full_page=True)
+    page.close()
