@@ -16,7 +16,7 @@ train: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$P -m nanomoe.train onboard
 	@echo '== what it writes'
 	@$(BIN)/python -m nanomoe.sample $(RUN)
-	@$(BIN)/python -m nanomoe.viz experts $(RUN)
+	@$(BIN)/python -m nanomoe.viz report $(RUN)
 
 test: .venv/installed
 	@echo '== exporting the notebooks to nanomoe/'

@@ -639,9 +639,9 @@ def routed_text(lines: Sequence[dict], n_experts: int) -> str:
     return tabs('text', panes)
 
 # %% ../nbs/15_report.ipynb #sections
-def picture(fig: Figure) -> str:
-    "The figure inside an HTML page."
-    return f'<img src="data:image/png;base64,{base64.b64encode(png(fig)).decode()}" alt="">'
+def picture(fig: Figure, alt: str) -> str:
+    "The figure inside an HTML page, with words in its place for who cannot see it."
+    return f'<img src="data:image/png;base64,{base64.b64encode(png(fig)).decode()}" alt="{html.escape(alt)}">'
 
 def table(rows: Sequence[Sequence]) -> str:
     "HTML table of what can be shown as text; the first column names the rest."
@@ -667,35 +667,51 @@ def report(run: str | Path) -> str:
     "HTML page of a run, from its log.jsonl, samples.jsonl and config.json alone; raises `BadInput` without a log."
     run = resolve(run)
     rows, settings = read_rows(run/'log.jsonl'), settings_of(run)
-    sections = {'The run': facts(rows, settings), 'Loss': picture(curve_of(run))}
-    if any(row.get('load') for row in rows): sections['Experts'] = picture(experts_figure(rows))
-    if any('grad_norm' in row for row in rows): sections['Health'] = picture(health_figure(rows))
+    sections = {'The run': facts(rows, settings), 'Loss': picture(curve_of(run), 'loss over steps')}
+    if any(row.get('load') for row in rows): sections['Experts'] = picture(experts_figure(rows), 'load of the experts')
+    if any('grad_norm' in row for row in rows): sections['Health'] = picture(health_figure(rows), 'health of the layers')
     if s := read_samples(run): sections |= text_sections(s, settings.get('n_experts') or int(s.expert_ids.max()) + 1)
-    sections['Settings'] = table(settings.items())
-    return page(run.name, ''.join(f'<h2>{title}</h2>{body}' for title, body in sections.items()))
+    sections['Settings'] = f'<details><summary>{len(settings)} knobs</summary>{table(settings.items())}</details>'
+    words = {title: f'<p>{_captions[title]}</p>' if title in _captions else '' for title in sections}
+    return page(run.name, ''.join(f'<h2>{title}</h2>{words[title]}{body}' for title, body in sections.items()))
 
+_captions = {
+    'Loss': 'Bits per byte count the bytes of the text, so runs with other vocabularies compare; without the dataset, nats per token.',
+    'Experts': 'Top: shares of all choices, dotted where the borders of equal shares would lie. Below: load in fair shares, 1 = fair, 0 = dead, '
+               'over the last tenth of the log, and by kind of held-out text.',
+    'Health': 'Entropy at ln E means a router without opinion; at margin 0 a rounding error changes the choice.',
+    'Text by expert': 'A token has the colour of its first choice, paler for a smaller gate, struck through if dropped. Point at it to see all choices.',
+    'Kinds of tokens': 'Tokens of the text above by their look; 1 where a kind uses an expert as often as any other.',
+    'Favourite tokens': 'Of each piece that came three times or more, the share that this expert read.',
+    'Chosen together': 'Of the tokens that chose the row, how many chose the column too, in multiples of blind choice.',
+    'From layer to layer': 'First choices; a band has the colour of the expert it comes from.',
+    'When routing settled': 'Of the choices at the end, how many an earlier evaluation had made already.'}
+
+# %% ../nbs/15_report.ipynb #text-sections
 def text_sections(s: Samples, n_experts: int) -> dict[str, str]:
     "What the routed texts show, HTML by title."
     last, L = s.expert_ids[-1], s.expert_ids.shape[1]
     def layers(draw): return {f'layer {layer}': draw(last[layer]) for layer in range(L)}
-    def classes(ids):
+    def kinds(ids):
         names, load = class_load(s.pieces, ids, n_experts)
-        return picture(load_heatmap(load, names, 'who reads which kind of token, fair share = 1'))
-    out = {'Text by expert': routed_text(s.lines, n_experts),
-           'Kinds of tokens': tabs('kinds', layers(classes)),
-           'Favourite tokens': tabs('favourites', layers(lambda ids: top_tokens_table(top_tokens(s.pieces, ids, n_experts))))}
-    if last.shape[2] > 1: out['Chosen together'] = tabs('together', layers(lambda ids: picture(co_activation(ids, n_experts))))
-    if L > 1: out['From layer to layer'] = picture(flow(last[:, :, 0], n_experts))
-    if len(s.steps) > 1: out['When routing settled'] = picture(saturation(s.steps, s.expert_ids, n_experts))
+        return picture(load_heatmap(load, names, 'fair share = 1'), 'expert by kind of token')
+    def favourites(ids): return top_tokens_table(top_tokens(s.pieces, ids, n_experts))
+    def pairs(ids): return picture(co_activation(ids, n_experts), 'experts chosen together')
+    out = {'Text by expert': routed_text(s.lines, n_experts), 'Kinds of tokens': tabs('kinds', layers(kinds)),
+           'Favourite tokens': tabs('favourites', layers(favourites))}
+    if last.shape[2] > 1: out['Chosen together'] = tabs('together', layers(pairs))
+    if L > 1: out['From layer to layer'] = picture(flow(last[:, :, 0], n_experts), 'ways of tokens through the layers')
+    if len(s.steps) > 1: out['When routing settled'] = picture(saturation(s.steps, s.expert_ids, n_experts), 'settled choices over steps')
     return out
 
 def page(title: str, body: str) -> str:
     "A whole HTML page, light or dark as the reader's system is."
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_style}</style><h1>{html.escape(title)}</h1>{body}</html>'
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f'<title>{html.escape(title)}</title><style>{_style}</style><h1>{html.escape(title)}</h1>{body}</html>')
 
 _style = """:root { color-scheme: light dark } body { max-width: 1000px; margin: 2em auto; padding: 0 1em; font: 15px/1.5 sans-serif }
 img, svg { max-width: 100%; height: auto } th { text-align: left; padding-right: 2em; font-weight: normal; opacity: .7 }
-h2 { margin-top: 2em } p { margin: .8em 0 .2em; opacity: .7 } td { font-variant-numeric: tabular-nums }
+h2 { margin: 2em 0 0 } p { margin: .3em 0; opacity: .7 } td { font-variant-numeric: tabular-nums }
 .tabs > input { position: absolute; opacity: 0 } .tabs > label { display: inline-block; padding: 2px 12px; cursor: pointer }
 .tabs > input:checked + label { border-bottom: 3px solid #0072B2 } .tabs > input:focus-visible + label { outline: 2px solid }
 .tabs > .pane { display: none; padding-top: 8px }"""
