@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser: notebooks run from top to bottom, and explorers answer to keyboard and mouse.
+"""JupyterLab in a real browser: notebooks run from top to bottom, explorers answer to keyboard and mouse, exercises check.
 
 Screenshots stay in out/screenshots. `--every-notebook` takes all notebooks in place of a chosen half.
 """
@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from exercises import exercises
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT/'out'/'screenshots'
@@ -29,6 +30,7 @@ CELLS = f'({NOTEBOOK}?.content?.model?.sharedModel?.cells ?? []).filter(c => c.c
 IDLE_AFTER = f'''() => {{ if ({KERNEL}?.connectionStatus !== 'connected' || {KERNEL}?.status !== 'idle') return null
                           const cells = {CELLS}, ran = cells.filter(c => c.execution_count).length
                           return cells.length && ran === cells.length ? 'all' : ran }}'''
+EXECUTE = f'async code => (await {KERNEL}.requestExecute({{code, store_history: false}}).done).content.status'
 ERRORS = f'() => {CELLS}.flatMap(c => c.outputs.filter(o => o.output_type === "error").map(o => `${{c.id}}: ${{o.evalue}}`))'
 
 
@@ -109,6 +111,9 @@ def test_run_all_and_touch_every_explorer(lab, browser, notebook, request):
     page = browser.new_page(viewport={'width': 1280, 'height': 1000})
     run_all(page, lab.format(notebook))
     assert page.evaluate(ERRORS) == []
+    for exercise in exercises(ROOT/'nbs'/f'{notebook}.ipynb') if notebook != 'index' else []:
+        assert page.evaluate(EXECUTE, exercise.stub) != 'ok', f'{exercise.cell} passes with an empty function'
+        assert page.evaluate(EXECUTE, exercise.answer) == 'ok', f'{exercise.cell} fails with the answer'
     explorers = page.evaluate(EXPLORERS)
     assert explorers or notebook == 'index'
     for i, index in enumerate(explorers):

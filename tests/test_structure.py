@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from exercises import exercises
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -104,7 +105,9 @@ def test_lessons_have_their_form(path):
     assert re.match(r'# .+\?\n+> .+', prose[0]), 'the title is a question, then one sentence'
     assert asserting >= 0.4 * len(code), f'{asserting} of {len(code)} code cells assert'
     assert pictures >= 3
-    assert sum('<details>' in p for p in prose) >= 2, 'exercises have folded answers'
+    answers = exercises(path)
+    assert len(answers) >= 2
+    for e in answers: assert e.name in {n.id if isinstance(n, ast.Name) else getattr(n, 'name', '') for n in ast.walk(ast.parse(e.code))}
     assert not any(re.search(r'from \S+ import \*', c) for c in code)
     assert sum(len(re.findall(r'\bexplore\(', c)) - len(re.findall(r'def explore\(', c)) for c in code) >= 1
 
