@@ -41,9 +41,9 @@ def assign_slots(expert_ids: Tensor, n_experts: int, capacity: int, priority: st
     queue = arrivals(expert_ids, priority, gates)                       # (N·K,) choices in order of arrival
     order = queue[expert_ids.flatten()[queue].argsort(stable=True)]     # by expert, each in order of arrival
     by_expert = expert_ids.flatten()[order]
-    first = torch.searchsorted(by_expert, torch.arange(n_experts, device=queue.device))     # (E,)
+    begins = torch.searchsorted(by_expert, torch.arange(n_experts, device=queue.device))    # (E,)
     place = torch.empty_like(queue)
-    place[order] = torch.arange(N * K, device=queue.device) - first[by_expert]
+    place[order] = torch.arange(N * K, device=queue.device) - begins[by_expert]     # back at the choice's number
     place = place.view(N, K)
     kept = place < capacity
     return Slots(torch.where(kept, expert_ids * capacity + place, n_experts * capacity), kept, capacity)

@@ -192,25 +192,28 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
     "A run of two processes is watched while it goes on; the page keeps its last picture when the watcher ends."
     run, quiet = tmp_path/'run', dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     train = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m',
-                              'nanomoe.train', 'tiny', f'--out_dir={run}', '--max_iters=400', '--eval_interval=100',
-                              '--device=cpu'], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **quiet)
+                              'nanomoe.train', 'tiny', f'--out_dir={run}', '--max_iters=400', '--eval_interval=50',
+                              '--n_experts=8', '--block_size=96', '--device=cpu'], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **quiet)
     run.mkdir(exist_ok=True)
     watch = subprocess.Popen([sys.executable, '-m', 'nanomoe.viz', 'watch', run, '--port=0', '--open=False'],
                              cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    page, errors, asked = browser.new_page(viewport={'width': 1000, 'height': 1000}), [], []
+    (SHOTS/'watch.png').unlink(missing_ok=True)
+    page, errors, asked = browser.new_page(viewport={'width': 960, 'height': 700}), [], []
     page.on('pageerror', lambda e: errors.append(str(e)))
     page.on('request', lambda r: asked.append((time.monotonic(), r.url)))
     try:
         page.goto(re.search(r'http://\S+', watch.stdout.readline())[0])
         steps = set()
         def step(): return page.locator('#facts td').first.inner_text(timeout=60_000)
-        while train.poll() is None: steps.add(step()); time.sleep(0.2)
+        while train.poll() is None:
+            steps.add(step())
+            if '200 of 400' in steps and not (SHOTS/'watch.png').exists(): page.screenshot(path=SHOTS/'watch.png')
+            time.sleep(0.2)
         wait_for(lambda: step() == '400 of 400', 'the last step never came')
         wait_for(lambda: page.locator('#text pre').count() > 0, 'no text by expert')
         assert len(steps) >= 3, steps                                   # it moved while the run did
         page.locator('#layer').select_option('1')
         wait_for(lambda: 'MoE layer 1' in page.locator('#board').inner_text(), 'the other layer never came')
-        page.screenshot(path=SHOTS/'watch.png', full_page=True)
         watch.send_signal(signal.SIGINT)
         assert watch.wait(20) == 0
         wait_for(lambda: 'the watcher has ended' in page.locator('#state').inner_text(), 'silent about its end')
@@ -225,12 +228,12 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
 def test_a_report_opens_from_disk(browser, tmp_path):
     "One page, no network: every picture is there, tabs change the text."
     run = tmp_path/'run'
-    subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', f'--out_dir={run}', '--max_iters=40',
-                    '--eval_interval=20', '--device=cpu'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', f'--out_dir={run}', '--max_iters=200', '--n_experts=8',
+                    '--block_size=96', '--eval_interval=40', '--device=cpu'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     subprocess.run([sys.executable, '-m', 'nanomoe.viz', 'report', run], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     shutil.move(run/'report.html', tmp_path/'elsewhere.html')
     shutil.rmtree(run)
-    page, asked = browser.new_page(viewport={'width': 1000, 'height': 1000}, color_scheme='dark'), []
+    page, asked = browser.new_page(viewport={'width': 960, 'height': 1000}, color_scheme='dark'), []
     page.on('request', lambda r: asked.append(r.url))
     page.goto((tmp_path/'elsewhere.html').as_uri())
     assert page.evaluate('() => [...document.images].every(image => image.naturalWidth > 0)')
@@ -241,4 +244,6 @@ def test_a_report_opens_from_disk(browser, tmp_path):
     assert second.is_visible() and not first.is_visible()
     assert [url for url in asked if not url.startswith(('file:', 'data:'))] == []
     page.screenshot(path=SHOTS/'report.png', full_page=True)
+    top, end = (page.get_by_role('heading', name=name).bounding_box()['y'] for name in ('Text by expert', 'Chosen together'))
+    page.screenshot(path=SHOTS/'report-text.png', full_page=True, clip=dict(x=0, y=top - 10, width=960, height=end - top))
     page.close()

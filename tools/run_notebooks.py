@@ -6,6 +6,7 @@ Cells that settings.ini's tst_flags mark are left as they are unless their flag 
 dropped and metadata cleaned, so that running twice on one machine gives the same bytes.
 """
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def main():
     settings = ConfigParser(delimiters=['='])
     settings.read(ROOT/'settings.ini')
     skipped = set(settings['DEFAULT']['tst_flags'].split()) - set(given.flags.split(','))
+    if 'slow' not in skipped: os.environ['REMAKE'] = '1'                    # without it, Run All passes over those cells
     for path in given.notebooks: print(f'{path.name}: {run(path.resolve(), skipped):.1f} s', flush=True)
 
 
