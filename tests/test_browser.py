@@ -207,7 +207,7 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
         def step(): return page.locator('#facts td').first.inner_text(timeout=60_000)
         while train.poll() is None:
             steps.add(step())
-            if '200 of 400' in steps and not (SHOTS/'watch.png').exists(): page.screenshot(path=SHOTS/'watch.png')
+            if int(step().split()[0]) >= 250 and not (SHOTS/'watch.png').exists(): page.screenshot(path=SHOTS/'watch.png')
             time.sleep(0.2)
         wait_for(lambda: step() == '400 of 400', 'the last step never came')
         wait_for(lambda: page.locator('#text pre').count() > 0, 'no text by expert')
@@ -244,6 +244,7 @@ def test_a_report_opens_from_disk(browser, tmp_path):
     assert second.is_visible() and not first.is_visible()
     assert [url for url in asked if not url.startswith(('file:', 'data:'))] == []
     page.screenshot(path=SHOTS/'report.png', full_page=True)
+    page.evaluate('() => scrollTo(0, 0)')
     top, end = (page.get_by_role('heading', name=name).bounding_box()['y'] for name in ('Text by expert', 'Chosen together'))
     page.screenshot(path=SHOTS/'report-text.png', full_page=True, clip=dict(x=0, y=top - 10, width=960, height=end - top))
     page.close()
