@@ -251,6 +251,7 @@ def step(b: Bench) -> list[dict]:
     gated = ['modern twin', 'modern', 'Mixtral eager', 'Mixtral grouped_mm'] if has_transformers() else []
     return report(cases | {name: ('modern twin', 'modern') for name in gated}, make_step, b)
 
+# %% ../nbs/14_bench.ipynb #report-scale
 def scale(b: Bench) -> list[dict]:
     "Thousands of tokens per second of the layer's cases over N, where linear cost keeps the rate, and over E."
     sizes = [(n, b.n_experts) for n in (1024, 4096, 16384, 65536)]

@@ -103,6 +103,7 @@ def load_latest(root: str | Path) -> Checkpoint | None:
         except ValueError as e: say(f'{e}; trying the checkpoint before', sys.stderr)
     return None
 
+# %% ../nbs/09_checkpoint.ipynb #sweep
 def sweep(root: str | Path):
     "Remove what an interrupted save left behind."
     for path in Path(root).glob('.tmp-*'): shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -166,6 +167,7 @@ def read_log(path: str | Path) -> list[dict]:
         elif line and number < len(lines): say(f'{path} line {number} cannot be read and is left out', sys.stderr)
     return rows
 
+# %% ../nbs/09_checkpoint.ipynb #lines-file
 class Lines:
     "A file that grows by lines of JSON; those that a full disk refuses wait in memory for the next."
     def __init__(self, path: Path): self.path, self.waiting = path, []

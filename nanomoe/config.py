@@ -224,6 +224,7 @@ def conflicts(m: ModelConfig) -> list[str]:
              f'{knob} must be {usual} where no queue is filled in order, got {value}')
     return out
 
+# %% ../nbs/00_config.ipynb #check-all
 def check(model: ModelConfig, train: TrainConfig | None = None):
     """Raise `BadInput` with every broken rule, one sentence a line.
 
@@ -321,6 +322,7 @@ def from_command_line(cls, default, argv: list[str], prog: str):
         sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', said.getvalue())[1]    # between title and next rule
         raise BadInput(' '.join(sentence.split())) from None
 
+# %% ../nbs/00_config.ipynb #parse-preset
 @dataclass(frozen=True)
 class CommandLine:
     "Train a GPT, dense or with experts. The first word may name a preset, a .toml or a .json file."

@@ -61,6 +61,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
             raise BadInput(f'{path} line {number} must be a JSON object with a string under "text"')
         yield text
 
+# %% ../nbs/01_data.ipynb #local-documents
 def local_documents(sources: Iterable[str | Path]) -> Iterator[Document]:
     "Every .txt, .md, .py and .jsonl under the given files and folders; each argument's name is a domain."
     for source in map(Path, sources):
@@ -88,6 +89,7 @@ def in_words(n: int) -> str:
     if n < 1000: return f'{_ones[n//100]} hundred' + (f' and {in_words(n % 100)}' if n % 100 else '')
     return f'{in_words(n//1000)} thousand' + (f' {in_words(n % 1000)}' if n % 1000 else '')
 
+# %% ../nbs/01_data.ipynb #arithmetic
 def arithmetic(rng: random.Random) -> str:
     "One line of arithmetic, written out."
     a, b, c = rng.randrange(1000), rng.randrange(1000), rng.randrange(2, 100)
@@ -151,6 +153,7 @@ def take(domain: str, files: list[tuple[str, Path]], n_bytes: int,
         yield Document(text, domain, name)
         if taken >= n_bytes: return
 
+# %% ../nbs/01_data.ipynb #help-topics
 def help_topics() -> Iterator[Document]:
     "The language reference that `help()` shows, a document per topic."
     from pydoc_data.topics import topics
@@ -232,6 +235,7 @@ def make_tokenizer(kind: str, documents: list[Document], vocab_size: int):
         return encoding('chars', r'[\s\S]', {ch.encode(): i for i, ch in enumerate(characters)})
     return tiktokens_own(kind)
 
+# %% ../nbs/01_data.ipynb #tokenizer-files
 def tiktokens_own(name: str):
     "One of the encodings that tiktoken knows; raises `BadInput` for other names, and where it cannot be fetched."
     import tiktoken
@@ -296,6 +300,7 @@ def open_shard(path: Path) -> np.ndarray:
             return np.memmap(path, dtype=dtype, mode='r', offset=1024, shape=(int(header[2]),))
     raise BadInput(f'{path} is no token file: its header is unknown')
 
+# %% ../nbs/01_data.ipynb #check-ids
 def check_ids(path: Path, ids: np.ndarray, vocab_size: int):
     "Raise `BadInput` where an id is not below V, the size of the vocabulary."
     if len(ids) and (largest := ids.max()) >= vocab_size:
@@ -355,6 +360,7 @@ def write_dataset(documents: Iterable[Document], folder: Path, tokenizer: str = 
     except OSError as e: raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
     return manifest
 
+# %% ../nbs/01_data.ipynb #prepare-helpers
 def check_replaceable(folder: Path):
     "Raise `BadInput` unless the folder is missing, empty or a prepared dataset: its content will be deleted."
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return
@@ -478,6 +484,7 @@ def is_split(entry: dict) -> bool:
             and all(Path(name).name == name and name not in ('', '..') for name in names) and entry['tokens'] > 1
             and all(isinstance(s['sha256'], str) for s in entry['shards']))
 
+# %% ../nbs/01_data.ipynb #checked-shard
 def checked_shard(path: Path, entry: dict, vocab_size: int, every_byte: bool) -> np.ndarray:
     "The ids of a shard; raises `BadInput` unless it is the one of which its manifest entry speaks."
     ids = open_shard(path)

@@ -38,6 +38,7 @@ def nano_moe_balance_loss(r: Routing) -> Tensor:
     weight = torch.zeros_like(r.probs).scatter(-1, r.expert_ids, chosen).mean(0)     # (E,)
     return E * (weight * expert_counts(r, E) / N).sum()
 
+# %% ../nbs/07_losses.ipynb #other-balance
 def sequence_balance_loss(r: Routing, n_rows: int) -> Tensor:
     "Mean over sequences of each one's `balance_loss` (DeepSeek-V3, 2412.19437 eq. 17-20): every row is to be even."
     rows = zip(*(t.view(n_rows, -1, t.size(-1)) for t in r[:4]))

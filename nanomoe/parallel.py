@@ -38,6 +38,7 @@ def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
         raise BadInput(f'device {device} does not exist: this machine has {has} of that kind')
     return device
 
+# %% ../nbs/11_parallel.ipynb #find-dtype
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
     "What matrix products are computed in; auto is bfloat16 where the hardware has it, else float32."
     fast = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
@@ -123,6 +124,7 @@ def roll_call(store, rank: int, size: int) -> str:
             return hashlib.sha256(' '.join(ids).encode()).hexdigest()[:16]
         time.sleep(0.05)
 
+# %% ../nbs/11_parallel.ipynb #process-group
 @contextmanager
 def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: float = 0):
     """The `World` of torchrun's environment, or a world of one; its process group ends with the block.

@@ -99,6 +99,7 @@ def run_folder(path: str | Path) -> Path:
     folder = resolve(path).resolve()
     return folder.parent if (folder/'meta.json').exists() else folder
 
+# %% ../nbs/10_pretrained.ipynb #initial-weights
 def initial_weights(init_from: str, cfg: ModelConfig, dataset: Path | None = None) -> GPT:
     """A new model of this shape, with the weights that `init_from` names: scratch, gpt2… or a run's folder.
 

@@ -90,6 +90,7 @@ class ExpertChoiceRouter(TopKRouter):
         expert_ids = (probs.detach() + 2 * taken).argsort(-1, descending=True)      # (N, E)
         return Routing(logits, probs, expert_ids, probs.gather(-1, expert_ids), taken.gather(-1, expert_ids))
 
+# %% ../nbs/03_router.ipynb #hash-router
 class HashRouter(nn.Module):
     """A fixed, random table names the experts of each token id (2106.04426): nothing to learn, a baseline.
 

@@ -105,6 +105,7 @@ class Sampling:
     seed: int = 1337  # of the draws
     device: str = 'auto'  # auto, cpu, cuda, mps
 
+# %% ../nbs/13_sample.ipynb #check-sampling
 def check_sampling(s: Sampling):
     "Raise `BadInput` with every rule that the settings break."
     rules = [(s.num_samples >= 1, f'num_samples must be at least 1, got {s.num_samples}'),
@@ -118,6 +119,7 @@ def check_sampling(s: Sampling):
     problems = [sentence for ok, sentence in rules if not ok]
     if problems: raise BadInput('\n'.join(problems))
 
+# %% ../nbs/13_sample.ipynb #sample-main
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.sample RUN [--start TEXT] …`"
     argv = sys.argv[1:] if argv is None else argv

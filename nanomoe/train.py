@@ -209,6 +209,7 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
     model.train(was_training)
     return validation_figures(all_reduce(sums), all_reduce(load), list(data.domains))
 
+# %% ../nbs/12_train.ipynb #validation-figures
 def validation_figures(sums: Tensor, load: Tensor, domains: list[str]) -> dict:
     "The flat entries of a log line, from nats, targets and bytes (D, 3) and the load (D, L, E)."
     def bits_per_byte(nats, size): return nats / math.log(2) / max(size, 1)
@@ -310,6 +311,7 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.cfg.gradient_accumulation_steps * self.cfg.batch_size * self.model_cfg.block_size
 
+# %% ../nbs/12_train.ipynb #trainer-together
 @contextmanager
 def together(run: Trainer, world: World):
     "All processes are there: in the block they share gradients. Raises `BadInput` where they hold different steps."
@@ -361,6 +363,7 @@ def update(run: Trainer) -> tuple[Tensor, float]:
     if stats[-1] == 0: note_spike(run, stats[0].item() / cfg.gradient_accumulation_steps)
     return stats[:-1], norm.item()
 
+# %% ../nbs/12_train.ipynb #update-helpers
 def move_biases(run: Trainer, stats: Tensor):
     "Move the bias of each layer's router by the step's load, which is the same on every process."
     routers = [block.mlp.router for block in run.model.h if isinstance(block.mlp, MoE)]
@@ -409,6 +412,7 @@ def open_data(dataset: str, block_size: int) -> tuple[TokenFile, TokenFile]:
         raise BadInput(f'{train.folder} holds a tokenizer that is not its own; prepare the dataset again')
     return train, val
 
+# %% ../nbs/12_train.ipynb #trainer-data
 def write_numbers():
     "Prepare `data/numbers`; of many processes that do so at once, the first to finish gives its own the name."
     final = resolve('data/numbers')
@@ -447,6 +451,7 @@ def save(run: Trainer, halt: bool):
             'scaler': run.scaler.state_dict(), 'level': run.level, 'record': run.newest}
     run.saver.save(run.out_dir, run.step, tensors, meta, run.cfg.keep_checkpoints, checkpoint.best_step(run.out_dir))
 
+# %% ../nbs/12_train.ipynb #saved-state
 def saved(run: Trainer) -> bool:
     "Wait until the newest checkpoint is on disk; says so where it could not be written, and the run goes on."
     while not run.saver.writing.done():
@@ -458,6 +463,7 @@ def saved(run: Trainer) -> bool:
         return False
     return True
 
+# %% ../nbs/12_train.ipynb #find-resume
 def find_resume(run: Trainer) -> checkpoint.Checkpoint | None:
     "The checkpoint that a run continues from; raises `BadInput` where that cannot be what was meant."
     found, folder = checkpoint.load_latest(run.out_dir), run.out_dir
@@ -487,6 +493,7 @@ def check_resume(found: checkpoint.Checkpoint, run: Trainer):
         raise BadInput(f'{run.out_dir} holds a run on other data than {run.data.folder}; continue it on its own '
                        'data, or use another --out_dir')
 
+# %% ../nbs/12_train.ipynb #restore
 def restore(run: Trainer, found: checkpoint.Checkpoint):
     "Weights, optimiser and counters of a checkpoint."
     run.model.load_state_dict(found.tensors['model'])
@@ -596,6 +603,7 @@ def finish(run: Trainer):
         raise RuntimeError(f'the end of the run could not be written; make room on the disk of {run.out_dir}, and the '
                            'same command goes on from the newest checkpoint there')
 
+# %% ../nbs/12_train.ipynb #train-records
 def records(run: Trainer, stop: StopRequest) -> Iterator[Record]:
     "The training loop: update, save, evaluate, log, each when it is due."
     if any_process(run, run.world.first and owes_line(run)): yield log(run)
@@ -679,6 +687,7 @@ def main(argv: list[str] | None = None):
         except KeyboardInterrupt: finished = False                      # before the first step, or a third time
     leave(0 if finished else 130)
 
+# %% ../nbs/12_train.ipynb #command-watch
 def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
     "Run `train`, telling the terminal and the tracker how it goes; returns whether it came to its end."
     speaks = os.environ.get('RANK', '0') == '0'
@@ -701,6 +710,7 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
         say('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data), r))
     return not stopped
 
+# %% ../nbs/12_train.ipynb #command-end
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
     "A wandb run when it is asked for, else None."
     if cfg.tracker == 'none': return None

@@ -159,6 +159,7 @@ def load_history(rows: Sequence[dict], layer: int = 0, ax: Axes | None = None) -
     frame(ax, f'MoE layer {layer}', xlabel='step', ylabel='share of choices', ylim=(0, 1), xmargin=0)
     return ax.figure
 
+# %% ../nbs/04_viz.ipynb #loss-curve
 def loss_curve(rows: Sequence[dict], marks: dict[str, float] | None = None, bits: float | None = None,
                ax: Axes | None = None) -> Figure:
     """Cross-entropy over steps, with `marks` as horizontal lines.
@@ -205,6 +206,7 @@ class Panel(NamedTuple):
         ys = [svg_words(self.left - 5, self.down(v) + 4, f'{v:g}', 'end') for v in round_numbers(*self.ylim)]
         return svg_words(self.left, 16, title, 'start') + lines + ''.join(xs + ys)
 
+# %% ../nbs/04_viz.ipynb #svg-words
 def svg_words(x: float, y: float, text: str, anchor: str = 'middle', colour: str = '#222') -> str:
     "A line of text; `anchor` says which part of it stands at x: start, middle or end."
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{html.escape(text)}</text>'
@@ -230,6 +232,7 @@ def svg_loss(rows: Sequence[dict]) -> str:
             + ''.join(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="3.5" fill="#0072B2"/>' for x, y in dots)
             + panel.axes('cross-entropy: — batch, ● held out'))
 
+# %% ../nbs/04_viz.ipynb #svg-film
 def svg_film(rows: Sequence[dict], layer: int) -> str:
     "Each expert's share of a layer's choices over the run, stacked."
     rows = spread(rows, 60)
@@ -391,6 +394,7 @@ def decisions(routings: dict, title: str = '') -> Figure:
     frame(right, xlabel='margin of the chosen')
     return fig
 
+# %% ../nbs/04_viz.ipynb #sureness
 def sureness(probs, expert_ids) -> tuple[np.ndarray, np.ndarray]:
     "Entropy of the probabilities (N, E), and the least chosen's lead on the best other, each (N,)."
     probs, ids = np.asarray(probs, float), np.asarray(expert_ids)
@@ -525,6 +529,7 @@ class Log:
         self.rows, self.at = self.rows + rows, self.at + len(complete)
         return self.rows
 
+# %% ../nbs/15_report.ipynb #read-rows
 def read_rows(path: Path) -> list[dict]:
     "The complete lines of a run's log.jsonl; raises `BadInput` when there are none."
     if not path.exists(): raise BadInput(f'{path} does not exist; name the folder of a run')
@@ -780,6 +785,7 @@ def text_sections(s: Samples, n_experts: int) -> dict[str, str]:
     if len(s.steps) > 1: out['When routing settled'] = picture(saturation(s.steps, s.expert_ids, n_experts), 'settled choices over steps')
     return out
 
+# %% ../nbs/15_report.ipynb #page
 def page(title: str, body: str) -> str:
     "A whole HTML page, light or dark as the reader's system is."
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -812,6 +818,7 @@ class Live:
             data = dict(step=s.steps[-1], text=routed_text(s.lines, settings['n_experts']))
             return 'application/json', json.dumps(data)
 
+# %% ../nbs/15_report.ipynb #live-page
 _live = """<p>layer of the film: <select id="layer"></select> <span id="state">waiting for the first line of the log</span></p>
 <div id="board"></div><div id="facts"></div><h2>Text by expert</h2><div id="text">comes with the first evaluation</div>
 <script>
@@ -877,6 +884,7 @@ def drawn(kind: str, what: str, out: str | None) -> Path:
     path.write_bytes(content)
     return path
 
+# %% ../nbs/15_report.ipynb #watch
 def watch(run: str | Path, port: int = 8712, open: bool = True):
     "Serve a page that shows the run as it goes on, until Ctrl-C."
     if not resolve(run).is_dir(): raise BadInput(f'{run} is no folder; name the folder of a run')
@@ -887,6 +895,7 @@ def watch(run: str | Path, port: int = 8712, open: bool = True):
         try: http.serve_forever()
         except KeyboardInterrupt: print()
 
+# %% ../nbs/15_report.ipynb #viz-main
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.viz {experts,curve,report} RUN [--out FILE]`, `watch RUN [--port N]` or `model PRESET [--out FILE]`."
     argv = sys.argv[1:] if argv is None else argv
