@@ -88,7 +88,9 @@ BAD = {
     'old file prefix': (sample, 'out/x --start FILE:prompt.txt', 'use --start_file=prompt.txt'),
     'cold below zero': (sample, 'out/x --temperature=-1',
                         'temperature must be a finite number of at least 0, got -1.0'),
-    'nothing to draw': (viz, 'experts', 'say what to draw'),
+    'nothing to draw': (viz, 'experts', 'say what to show'),
+    'nothing to watch': (viz, 'watch out/nowhere', 'is no folder; name the folder of a run'),
+    'nothing to report': (viz, 'report out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
     'no log': (viz, 'experts out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
 }
 
