@@ -1,0 +1,147 @@
+"""Pictures of runs that are not as they should be: dense, diverged, damaged, written by two, with odd names."""
+import json
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanomoe import viz
+from nanomoe.viz import board_svg, experts_figure, health_figure, png, read_rows, report, samples_of, server
+
+
+def row(step: int, **other) -> dict:
+    "A log line of two layers of four experts."
+    rng = np.random.default_rng(step)
+    health = dict(busiest=[1.5, 1.2], entropy=[1.3, 1.2], margin=[0.1, 0.2])
+    return dict(step=step, tokens=64 * step, ce=5 / step, load=rng.integers(1, 40, (2, 4)).tolist(), drop_rate=0.0, health=health,
+                grad_norm=1.0, lr=0.1, tok_per_s=100.0, val_ce=5 / step, val_bpb=8 / step, val_load_a=[[1, 2, 3, 4]] * 2) | other
+
+
+def text(step: int, domain: str = 'a', pieces: list[str] = list('abcdef'), K: int = 2, **other) -> dict:
+    "A line of samples.jsonl for two layers."
+    rng = np.random.default_rng(step)
+    ids = np.stack([[rng.permutation(4)[:K] for _ in pieces] for _ in range(2)])
+    return dict(step=step, domain=domain, text=''.join(pieces), pieces=pieces, expert_ids=ids.tolist(),
+                gates=np.full(ids.shape, 0.5).tolist(), kept=[None, None]) | other
+
+
+def run_of(folder: Path, rows, texts=(), settings=dict(max_iters=9, dataset='gone', n_experts=4)) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in (('log', rows), ('samples', texts)):
+        (folder/f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    if settings is not None: (folder/'config.json').write_text(json.dumps(settings))
+    return folder
+
+
+WHOLE = [row(s) for s in range(1, 6)]
+ILL = {'one line': [row(1)], 'dense': [row(s, load=[], health={k: [] for k in row(1)['health']}) for s in (1, 2, 3)],
+       'never evaluated': [{k: v for k, v in row(s).items() if not k.startswith('val')} for s in (1, 2, 3)],
+       'a loss that is not finite': WHOLE + [row(6, ce=float('nan'), val_ce=float('nan'), val_bpb=float('nan'))],
+       'a gradient that overflowed': [row(1, grad_norm=float('inf'))] + WHOLE[1:],
+       'never finite': [row(s, ce=float('nan'), val_ce=float('inf'), val_bpb=float('inf')) for s in (1, 2)]}
+
+
+@pytest.mark.parametrize('name', ILL)
+def test_an_ill_run_has_a_report_and_a_board(name, tmp_path):
+    rows = ILL[name]
+    page = report(run_of(tmp_path/'run', rows, [text(rows[-1]['step'])] if rows[-1].get('load') else []))
+    assert 'nan' not in page.split('<h2>Loss')[0] and page.count('<h2>') >= 4
+    svg = board_svg(rows)
+    assert 'nan' not in svg and 'inf' not in svg
+    if name == 'a loss that is not finite':
+        assert svg.count('<circle') == 5 and 'polyline' in svg                     # what was finite is drawn
+        assert '1.600 bits per byte' in page                                       # the last finite evaluation, 8 / 5
+    if name == 'dense': assert len(health_figure(rows).axes) == 3
+
+
+def test_a_page_of_a_run_without_settings_does_not_make_them_up(tmp_path):
+    assert '<td>5</td>' in report(run_of(tmp_path/'run', WHOLE, settings=None))
+    assert '<td>5 of 9</td>' in report(run_of(tmp_path/'other', WHOLE))
+
+
+def test_names_and_texts_are_shown_as_they_are(tmp_path):
+    "Markup in a piece or a domain is text; dollar signs are no formula; a point is a name too."
+    evil = '<script>alert(1)</script>'
+    run = run_of(tmp_path/'cost$\\foo$ & <b>', [row(s, **{'val_load_x$\\y$': [[1, 2, 3, 4]] * 2}) for s in (1, 2)],
+                 [text(2, evil, [evil, '"', "'", '&', '\n', '日'])])
+    page = report(run)
+    assert '<script' not in page and '&lt;script&gt;' in page and 'cost$\\foo$ &amp; &lt;b&gt;</h1>' in page
+    assert png(experts_figure(read_rows(run/'log.jsonl'), run.name))[:4] == b'\x89PNG'
+
+
+def test_samples_count_when_their_line_is_logged(tmp_path):
+    "The trainer writes an evaluation's texts, then its line: texts without a line are not all there yet."
+    texts = [text(2, 'a'), text(2, 'b'), text(4, 'a')]
+    assert samples_of(texts, 3).steps == [2] and len(samples_of(texts, 3).pieces) == 12
+    assert samples_of(texts + [text(4, 'b')], 4).steps == [2, 4] and samples_of(texts, 1) is None
+    assert samples_of(texts + texts, 3).expert_ids.shape == (1, 2, 12, 2)          # the same text twice is one
+    narrower = [text(4, 'a', K=1), text(4, 'b', K=1)]
+    assert samples_of(texts[:2] + narrower, 4).steps == [4]                        # top_k was changed on the way
+    assert samples_of([text(2, expert_ids=[])], 2) is None                         # a dense model
+
+
+def test_where_experts_choose_only_the_text_is_shown(tmp_path):
+    "Each token then names all experts, and counting choices would say nothing."
+    page = report(run_of(tmp_path/'run', WHOLE, [text(5, K=4, kept=[[[True, False, False, False]] * 6] * 2)],
+                         dict(max_iters=9, dataset='gone', n_experts=4, router='expert_choice')))
+    assert 'Text by expert' in page and 'Favourite' not in page and 'settled' not in page
+
+
+BAD = {'not JSON': ('log.jsonl', '{"step": 1}\nxyz\n', 'no line of a run'), 'a number': ('log.jsonl', '3\n', 'no line of a run'),
+       'no step': ('log.jsonl', '{"a": 1}\n', 'no line of a run'), 'no loss': ('log.jsonl', '{"step": 3}\n', 'holds no loss'),
+       'two writers': ('log.jsonl', ''.join(json.dumps(row(s)) + '\n' for s in (1, 3, 2)), 'two processes wrote into it'),
+       'settings of another': ('config.json', '{"a": 1}', 'is not the config.json of a run'),
+       'settings cut off': ('config.json', '{"max_iters": ', 'is not the config.json of a run'),
+       'samples damaged': ('samples.jsonl', '[1]\n', 'no line of a run')}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_a_damaged_file_gets_one_sentence(name, tmp_path, capsys):
+    file, content, sentence = BAD[name]
+    run = run_of(tmp_path/'run', WHOLE, [text(5)])
+    (run/file).write_text(content)
+    with pytest.raises(SystemExit) as stop: viz.main(['report', str(run)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in said and said.count('\n') == 1
+    assert not (run/'report.html').exists()
+
+
+@pytest.mark.parametrize('words, sentence', [('experts {run} --out {run}', 'cannot be written: Is a directory'),
+                                             ('watch {run} --port 70000 --open=False', 'port 70000 cannot be used')])
+def test_what_cannot_be_done_gets_one_sentence(words, sentence, tmp_path, capsys):
+    run = run_of(tmp_path/'run', WHOLE)
+    with pytest.raises(SystemExit) as stop: viz.main(words.format(run=run).split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in said and said.count('\n') == 1
+
+
+def test_help_of_the_watcher_names_its_port(capsys):
+    with pytest.raises(SystemExit) as stop: viz.main(['watch', '--help'])
+    assert stop.value.code == 0 and '--port' in capsys.readouterr().out
+
+
+def test_the_watcher_says_what_is_wrong_and_goes_on(tmp_path):
+    run = run_of(tmp_path/'run', WHOLE, [text(5)])
+    http = server(run)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    def ask(path):
+        try: answer = urllib.request.urlopen(f'http://127.0.0.1:{http.server_port}{path}')
+        except urllib.error.HTTPError as e: answer = e
+        return answer.status, answer.read().decode()
+    try:
+        assert ask('/board?layer=-5')[0] == ask('/board?layer=99')[0] == ask('/board?step=%C2%B2')[0] == 200
+        assert ask('/elsewhere')[0] == 404
+        (run/'config.json').write_text('{')
+        status, said = ask('/board')
+        assert status == 500 and 'is not the config.json of a run' in said
+        (run/'config.json').write_text(json.dumps(dict(max_iters=9, dataset='gone', n_experts=4)))
+        assert ask('/board')[0] == ask('/text')[0] == 200                          # mended, and so is the page
+        shutil.rmtree(run)
+        assert 'is gone' in ask('/board')[1]
+    finally:
+        http.shutdown()
+        http.server_close()
