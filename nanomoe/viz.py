@@ -972,6 +972,6 @@ def main(argv: list[str] | None = None):
         prog = 'python -m nanomoe.viz {experts RUN, curve RUN, report RUN, watch RUN, model PRESET}'
         knobs = from_command_line(type(knobs), knobs, ['--help'] if asks else argv[2:], prog)
         if kind == 'watch': watch(argv[1], knobs.port, knobs.open)
-        else: print(f'picture     {drawn(kind, argv[1], knobs.out)}')
+        else: print(f'{"report" if kind == "report" else "picture":11} {drawn(kind, argv[1], knobs.out)}')
 
 if __name__ == '__main__' and '__file__' in globals(): main()
