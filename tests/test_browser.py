@@ -20,7 +20,7 @@ from exercises import exercises
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT/'out'/'screenshots'
 NOTEBOOKS = sorted(path.stem for path in (ROOT/'nbs').glob('*.ipynb'))
-CHOSEN = {'index', '03_router', '04_viz', '05_capacity', '06_experts', '07_losses', '15_report', '21_router_lab'}
+CHOSEN = {'03_router', '05_capacity', '06_experts', '07_losses', '15_report'}
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 
