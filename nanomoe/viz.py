@@ -706,7 +706,8 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
 # %% ../nbs/15_report.ipynb #health
 def health_figure(rows: Sequence[dict]) -> Figure:
     "Each layer's health over a run's log lines, and the optimiser's: two rows of charts."
-    rows, dots = spread([row for row in rows if 'grad_norm' in row], 400), '.-' if len(rows) < 3 else '-'
+    rows = spread([row for row in rows if 'grad_norm' in row], 400)
+    dots = '.-' if len(rows) < 3 else '-'
     steps, fig = [row['step'] for row in rows], new_figure(7.2, 3)
     charts = {'busiest': 'busiest expert, fair shares', 'entropy': 'entropy, nats', 'margin': 'margin of the chosen'}
     axes = fig.subplots(2, 3, sharex=True)
@@ -716,13 +717,12 @@ def health_figure(rows: Sequence[dict]) -> Figure:
         for layer, colour in enumerate(layer_colours(curves.shape[1])):
             ax.plot(steps, curves[:, layer], dots, color=colour, lw=1, label=f'layer {layer}')
         frame(ax, title)
-    if not routed:
-        for ax in axes[0]: ax.remove()
+    for ax in () if routed else axes[0]: ax.remove()
     if routed:
         axes[0, 0].legend(frameon=False, fontsize=7)
         axes[0, 1].axhline(np.log(len(rows[-1]['load'][0])), color='k', lw=0.8, ls=':')     # no opinion
-    plain = {'drop_rate': 'choices dropped', 'grad_norm': 'gradient norm before clipping', 'lr': 'learning rate'}
-    for ax, (key, title) in zip(axes[1], plain.items()):
+    training = {'drop_rate': 'choices dropped', 'grad_norm': 'gradient norm before clipping', 'lr': 'learning rate'}
+    for ax, (key, title) in zip(axes[1], training.items()):
         values = np.array([row.get(key, 0) for row in rows], float)
         ax.plot(steps, values, dots, color='#0072B2', lw=1, clip_on=False)
         frame(ax, title, xlabel='step', ylim=(0, np.max(values[np.isfinite(values)], initial=0) or 0.01))
@@ -799,6 +799,7 @@ def report(run: str | Path) -> str:
     words = {title: f'<p>{captions[title]}</p>' if title in captions else '' for title in sections}
     return page(run.resolve().name, ''.join(f'<h2>{title}</h2>{words[title]}{body}' for title, body in sections.items()))
 
+# %% ../nbs/15_report.ipynb #captions
 def n_experts_of(s: Samples, settings: dict) -> int: return settings.get('n_experts') or int(s.expert_ids.max()) + 1
 
 def bits_of(rows: Sequence[dict]) -> float | None:
@@ -923,7 +924,7 @@ def server(run: str | Path, port: int = 0) -> ThreadingHTTPServer:
 # %% ../nbs/15_report.ipynb #main
 @dataclass(frozen=True)
 class Picture:
-    "Draw a picture of a run, or of a preset's model, as a PNG file, or a report as a HTML page"
+    "Draw a picture of a run, or of a preset's model, as a PNG file, or a report as an HTML page"
     out: str | None = None  # file to write; None is RUN/experts.png, RUN/curve.png, RUN/report.html or out/PRESET-model.png
 
 @dataclass(frozen=True)

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nanomoe import viz
+from nanomoe.config import ModelConfig
+from nanomoe.router import choose
+from nanomoe.train import health, routing_stats
 from nanomoe.viz import board_svg, experts_figure, health_figure, png, read_rows, report, samples_of, server
 
 
@@ -117,6 +121,15 @@ def test_what_cannot_be_done_gets_one_sentence(words, sentence, tmp_path, capsys
     with pytest.raises(SystemExit) as stop: viz.main(words.format(run=run).split())
     said = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in said and said.count('\n') == 1
+
+
+def test_sureness_is_what_the_log_calls_entropy_and_margin():
+    "The picture of a routing and the trainer's log lines measure the same two things, each in its own way."
+    r = choose(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), 2)
+    logged = health(routing_stats((r,), ModelConfig(n_experts=8, top_k=2)), 200, 2)
+    entropy, margin = viz.sureness(r.probs, r.expert_ids)
+    assert logged.entropy[0] == pytest.approx(entropy.mean(), rel=1e-5)
+    assert logged.margin[0] == pytest.approx(margin.mean(), rel=1e-5)
 
 
 def test_help_of_the_watcher_names_its_port(capsys):
