@@ -71,13 +71,13 @@ BAD = {
     'data folder in a file': (data, 'numbers --out {bad}/empty.txt/x', 'empty.txt/x cannot be written: '),
     'data folder of others': (data, 'numbers --out {bad}', 'holds something else than a prepared dataset'),
     'short text': (train, 'tiny --dataset {bad}/short', 'split train must hold at least 2 * block_size=64 tokens, got 46'),
-    'flipped byte': (train, 'tiny --dataset {bad}/flipped', 'train_000000.bin is damaged: not what was written; prepare the dataset again'),
-    'cut off file': (train, 'tiny --dataset {bad}/cut', 'val_000000.bin is damaged: its header says'),
-    'raw numbers': (train, 'tiny --dataset {bad}/raw', 'train_000000.bin is no token file: its header is unknown'),
+    'flipped byte': (train, 'tiny --dataset {bad}/flipped', 'numbers_train_000000.bin is damaged: not what was written; prepare the dataset again'),
+    'cut off file': (train, 'tiny --dataset {bad}/cut', 'numbers_val_000000.bin is damaged: its header says'),
+    'raw numbers': (train, 'tiny --dataset {bad}/raw', 'numbers_train_000000.bin is no token file: its header is unknown'),
     'changed manifest': (train, 'tiny --dataset {bad}/edited', 'manifest.json is not what was written; prepare the dataset again'),
-    'ids beyond the vocabulary': (train, 'tiny --dataset {bad}/beyond', 'train_000000.bin holds token id 256, but its vocabulary has 200 entries'),
+    'ids beyond the vocabulary': (train, 'tiny --dataset {bad}/beyond', 'numbers_train_000000.bin holds token id 256, but its vocabulary has 200 entries'),
     'tokenizer of others': (train, 'tiny --dataset {bad}/swapped', 'holds a tokenizer that is not its own'),
-    'check finds it': (data, 'check {bad}/flipped', 'train_000000.bin is damaged'),
+    'check finds it': (data, 'check {bad}/flipped', 'numbers_train_000000.bin is damaged'),
     'nothing to check': (data, 'check {bad}', 'there is no prepared dataset'),
     'folder in a file': (train, 'tiny --out_dir {bad}/empty.txt/run', 'run cannot be written: {bad}/empty.txt is a file'),
     'folder of others': (train, 'tiny --out_dir {bad}/theirs', 'theirs holds the config.json of another program'),
@@ -105,18 +105,18 @@ def bad(tmp_path_factory) -> Path:
     data.write_dataset([data.Document('To be, or not to be, that is the question: whether', 'play', '1')], folder/'short', 'bytes')
     for name in ('flipped', 'cut', 'raw', 'edited', 'beyond', 'swapped'):
         data.write_dataset(data.numbers_documents(12_000, lines=20), folder/name, 'bytes')
-    train_bytes = (folder/'raw'/'train_000000.bin').read_bytes()
-    (folder/'flipped'/'train_000000.bin').write_bytes(train_bytes[:5000] + b'~' + train_bytes[5001:])
-    (folder/'raw'/'train_000000.bin').write_bytes(train_bytes[1024:])   # as nanoGPT writes them
-    (folder/'cut'/'val_000000.bin').write_bytes((folder/'cut'/'val_000000.bin').read_bytes()[:-100])
+    train_bytes = (folder/'raw'/'numbers_train_000000.bin').read_bytes()
+    (folder/'flipped'/'numbers_train_000000.bin').write_bytes(train_bytes[:5000] + b'~' + train_bytes[5001:])
+    (folder/'raw'/'numbers_train_000000.bin').write_bytes(train_bytes[1024:])   # as nanoGPT writes them
+    (folder/'cut'/'numbers_val_000000.bin').write_bytes((folder/'cut'/'numbers_val_000000.bin').read_bytes()[:-100])
     manifest = json.loads((folder/'beyond'/'manifest.json').read_text())
     (folder/'edited'/'manifest.json').write_text(json.dumps(manifest | {'vocab_size': 200}))
     (folder/'beyond'/'manifest.json').write_text(json.dumps(data.sealed(manifest | {'vocab_size': 200})))
-    data.save_tokenizer(data.make_tokenizer('chars', [data.Document('abc', '', '')], 0), folder/'swapped')
+    data.save_tokenizer(data.make_tokenizer('chars', ['abc'], 0), folder/'swapped')
     model = PRESETS['tiny'][0]
     model = replace(model, vocab_size=4)
     checkpoint.save(folder/'chars', 1, {'model': GPT(model).state_dict()}, {'config': to_dict(model, TrainConfig())})
-    data.save_tokenizer(data.make_tokenizer('chars', [data.Document('abc', '', '')], 0), folder/'chars')
+    data.save_tokenizer(data.make_tokenizer('chars', ['abc'], 0), folder/'chars')
     (folder/'theirs').mkdir()
     (folder/'theirs'/'config.json').write_text('{"model_type": "mixtral"}')
     return folder
@@ -187,7 +187,7 @@ def test_help_is_help(program, capsys):
 def test_a_folder_with_the_name_of_a_text_is_no_text(tmp_path):
     (tmp_path/'texts'/'chapter.txt').mkdir(parents=True)
     (tmp_path/'texts'/'chapter.txt'/'one.md').write_text('# One')
-    assert [d.text for d in data.local_documents([tmp_path/'texts'])] == ['# One']
+    assert [d.text for d in data.file_documents(tmp_path/'texts')] == ['# One']
 
 
 def test_nanogpts_spelling_of_flags():

@@ -1,0 +1,275 @@
+"""Real corpora: every format and door gives the same documents, a kill costs seconds, memory does not grow, splits are nanoGPT's."""
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from nanomoe import data
+from nanomoe.config import BadInput
+from nanomoe.data import END, Source, TokenFile
+
+
+@pytest.fixture(scope='module')
+def texts() -> list[str]:
+    "Pages of several kinds: short, long, of many scripts, with lines that look like marks."
+    pages = [d.text for d in data.numbers_documents(60_000, lines=20)]
+    return pages + ['ẞ\u0301 漢字 🦉\u2028', 'x', '\n\n  indented\t', '{"text": "json"}', ' ' * 300] * 3
+
+
+@pytest.fixture(scope='module')
+def corpus(texts, tmp_path_factory):
+    "The same pages as .txt, .jsonl, .jsonl.gz and .parquet, as a saved dataset and as a folder for `load_dataset`."
+    folder = tmp_path_factory.mktemp('corpus')
+    rows = [dict(text=text, kind=f'kind {i % 3}', number=i) for i, text in enumerate(texts)]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    (folder/'pages.txt').write_text(END.join(texts))
+    (folder/'pages.jsonl').write_text(lines)
+    (folder/'pages.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, folder/'pages.parquet', row_group_size=7)
+    (folder/'org'/'pages').mkdir(parents=True)
+    for i in range(2): parquet.write_table(table[i * 20:(i + 1) * 20 if i == 0 else None], folder/'org'/'pages'/f'train-{i}.parquet')
+    datasets.Dataset(table).save_to_disk(folder/'saved')
+    datasets.DatasetDict(train=datasets.Dataset(table)).save_to_disk(folder/'splits')
+    return folder
+
+
+def tokens(folder, split: str) -> list[int]:
+    found = TokenFile(folder, split)
+    return found.read(0, len(found)).tolist()
+
+
+@pytest.mark.parametrize('name', ['pages.txt', 'pages.jsonl', 'pages.jsonl.gz', 'pages.parquet'])
+def test_every_format_gives_the_same_documents(name, corpus, texts):
+    found = list(data.file_documents(corpus/name))
+    assert [d.text for d in found] == texts and {d.domain for d in found} == {'pages'}
+    assert [d.name for d in found] == [f'{name}:{i}' for i in range(len(texts))]
+
+
+@pytest.mark.parametrize('name', ['org/pages', 'saved', 'splits'])
+def test_every_door_of_datasets_gives_the_same_documents(name, corpus, texts):
+    source = data.hub_source(str(corpus/name), None, ('text', 'kind'), 0.1, None)
+    for skip in (0, 1, 19, 20, 21, len(texts)):
+        found = list(source.documents(skip))
+        assert [d.text for d in found] == texts[skip:] and [d.domain for d in found] == [f'kind {i % 3}' for i in range(skip, len(texts))]
+    with pytest.raises(BadInput, match='has no column of strings named words; it has: text, kind, number'):
+        next(data.hub_source(str(corpus/name), None, ('words',), 0.1, None).documents(0))
+    with pytest.raises(BadInput, match='no column of strings named number'):
+        next(data.hub_source(str(corpus/name), None, ('number',), 0.1, None).documents(0))
+
+
+def test_domains_of_rows_and_of_sources(corpus, tmp_path):
+    data.prepare(str(corpus/'pages.parquet'), tmp_path/'rows', 'bytes', domain_column='kind')
+    found = TokenFile(tmp_path/'rows', 'train')
+    assert list(found.domains) == ['kind 0', 'kind 1', 'kind 2'] and all(stop > start for start, stop in found.domains.values())
+    assert {s['file'] for s in found.manifest['splits']['train']['shards']} == {f'kind-{i}_train_000000.bin' for i in range(3)}
+    (tmp_path/'code.txt').write_text(END.join(f'def f{i}(): return {i}' for i in range(200)))
+    data.prepare([str(corpus/'pages.jsonl'), str(tmp_path/'code.txt')], tmp_path/'two', 'bytes', weights='1,3')
+    assert TokenFile(tmp_path/'two', 'train').weights == {'pages': 1, 'code': 3} and TokenFile(tmp_path/'two', 'val').weights is None
+
+
+def test_tokens_are_those_of_tiktoken_document_by_document(corpus, texts, tmp_path):
+    data.prepare(str(corpus/'pages.jsonl'), tmp_path/'made', 'bpe', vocab_size=400)
+    tokenizer = data.load_tokenizer(tmp_path/'made')
+    for split in ('train', 'val'):
+        wanted = []
+        for i, text in enumerate(texts):
+            if data.is_held_out(f'pages.jsonl:{i}') == (split == 'val'): wanted += [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
+        assert tokens(tmp_path/'made', split) == wanted
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
+    tokenizer = data.encoding('pairs', r'[\s\S]{2}|[\s\S]', {bytes([i]): i for i in range(256)} | pairs)
+    for writer in [data.ShardWriter(tmp_path, 'wide', tokenizer.n_vocab)]:
+        writer.add(np.array(tokenizer.encode_ordinary('zz~~') + [65_791]))
+        entry, = writer.close()
+    ids = data.open_shard(tmp_path/entry['file'])
+    assert ids.dtype == np.uint32 and tokenizer.decode(ids[:2].tolist()) == 'zz~~' and ids[2] == 65_791
+
+
+def test_max_tokens_are_shared_out(corpus, tmp_path):
+    (tmp_path/'more.txt').write_text((corpus/'pages.txt').read_text())
+    data.prepare([str(corpus/'pages.txt'), str(tmp_path/'more.txt')], tmp_path/'few', 'bytes', max_tokens=12_000, weights='1,2')
+    manifest = TokenFile(tmp_path/'few', 'train').manifest['splits']
+    per_source = {name: sum(manifest[s]['domains'].get(name, [0, 0])[1] - manifest[s]['domains'].get(name, [0, 0])[0] for s in manifest)
+                  for name in ('pages', 'more')}
+    assert 4000 <= per_source['pages'] < 5500 and 8000 <= per_source['more'] < 9500
+
+
+KILLED = """
+import functools, sys, nanomoe.data as data
+data.NOTED_EVERY, data.LEARN = 0.0, 20_000          # a note after every document
+data.encoded = functools.partial(data.encoded, batch=1000)
+data.prepare(sys.argv[2:], sys.argv[1], 'bpe', vocab_size=300)
+"""
+
+
+def test_a_killed_preparation_goes_on(corpus, tmp_path, seed, soak):
+    "kill -9 at random moments; what comes out in the end is equal to the last byte."
+    rng, sources = random.Random(seed), [str(corpus/'pages.parquet'), str(corpus/'pages.jsonl.gz')]
+    words = [sys.executable, '-c', KILLED]
+    begun = time.perf_counter()
+    subprocess.run([*words, tmp_path/'whole', *sources], check=True)
+    usual, kills, noted = time.perf_counter() - begun, 0, 0
+    for number in range(10 if soak else 2):
+        out, tries = tmp_path/f'killed {number}', 0
+        while not out.exists():
+            process, tries = subprocess.Popen([*words, out, *sources]), tries + 1
+            try: process.wait(rng.uniform(0.5, 1.0) * usual if tries < 4 else None)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() != 0
+                noted += (tmp_path/f'.{out.name}.part'/'progress.json').exists()
+        for path in (tmp_path/'whole').iterdir(): assert path.read_bytes() == (out/path.name).read_bytes(), path.name
+    print(f'{kills} kills, after {noted} of them there were notes to go on from; seed {seed}')
+    assert noted
+
+
+@pytest.fixture
+def noting(monkeypatch):
+    "Notes of progress after every document, and few documents in flight."
+    monkeypatch.setattr(data, 'NOTED_EVERY', 0.0)
+    monkeypatch.setattr(data, 'encoded', partial(data.encoded, batch=100))
+
+
+def test_another_job_does_not_go_on_from_the_notes_of_one(corpus, tmp_path, noting):
+    half = Source('half', lambda skip: (d if i < 30 else 1 / 0 for i, d in enumerate(data.file_documents(corpus/'pages.txt')) if i >= skip))
+    with pytest.raises(ZeroDivisionError): data.write_dataset([half], tmp_path/'out', 'bytes')
+    assert (tmp_path/'.out.part'/'progress.json').exists()
+    data.prepare(str(corpus/'pages.txt'), tmp_path/'out', 'bytes')
+    data.prepare(str(corpus/'pages.txt'), tmp_path/'alone', 'bytes')
+    assert tokens(tmp_path/'out', 'train') == tokens(tmp_path/'alone', 'train')
+    assert {p.name for p in (tmp_path/'out').iterdir()} == {p.name for p in (tmp_path/'alone').iterdir()}
+
+
+PEAK = """
+import resource, sys, nanomoe.data as data
+data.compressed = lambda *args: {}                  # gzip and xz hold the held-out text
+data.prepare(sys.argv[1], sys.argv[2], 'bytes')
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    page, peaks = '\n'.join(d.text for d in data.numbers_documents(200_000)), []
+    for size in (20, 200):
+        with gzip.open(tmp_path/f'{size}.jsonl.gz', 'wt', compresslevel=1) as f:
+            for i in range(size): f.write(json.dumps({'text': f'{i} {page}'}) + '\n')
+        run = subprocess.run([sys.executable, '-c', PEAK, tmp_path/f'{size}.jsonl.gz', tmp_path/f'{size}'], check=True, capture_output=True, text=True)
+        peaks.append(int(run.stdout) / 1024)
+    print(f'peak of 4 MB of text {peaks[0]:.0f} MiB, of 40 MB {peaks[1]:.0f} MiB')
+    assert peaks[1] - peaks[0] < 25
+
+
+def test_openwebtexts_split_is_nanogpts():
+    "Against the call with which nanoGPT draws it, on as many rows."
+    rows = datasets.Dataset.from_dict({'i': np.arange(8_013_769)})
+    drawn = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)['test']['i']
+    held_out = data.nanogpts_split()
+    assert len(drawn) == 4007 and all(held_out(f'x:{i}') for i in drawn)
+    others = set(range(0, 8_013_769, 1001)) - set(drawn)
+    assert not any(held_out(f'x:{i}') for i in others)
+
+
+def test_a_part_of_a_known_corpus_is_refused(corpus, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.HUB, 'openwebtext', (str(corpus/'org'/'pages'), None, len(texts) + 1))
+    monkeypatch.setattr(data, 'nanogpts_split', lambda: lambda name: name.endswith('7'))
+    with pytest.raises(BadInput, match=f'must hold {len(texts) + 1} documents, got {len(texts)}'): data.prepare('openwebtext', tmp_path/'owt', 'bytes')
+    assert not (tmp_path/'owt').exists()
+    monkeypatch.setitem(data.HUB, 'openwebtext', (str(corpus/'org'/'pages'), None, len(texts)))
+    made = data.prepare('openwebtext', tmp_path/'owt', 'bytes')['splits']
+    assert made['val']['documents'] == sum(str(i).endswith('7') for i in range(len(texts)))
+    with pytest.raises(BadInput, match="whole, but not nanoGPT's"): data.compare_with_nanogpt({'splits': made}, 'gpt2')
+
+
+def test_a_network_that_breaks_off(corpus, tmp_path, monkeypatch, noting):
+    "What was noted stays, and the same command goes on."
+    fail = [True]
+    class Rows:
+        def skip(self, n):
+            for i, row in enumerate(datasets.load_from_disk(str(corpus/'saved')).select(range(n, 40))):
+                if fail[0] and n + i == 33: raise ConnectionError('reset by peer')
+                yield row
+    monkeypatch.setattr(data, 'saved_rows', lambda path, found: Rows())
+    with pytest.raises(BadInput, match=r'broke off after 33 documents \(ConnectionError\); the same command goes on'):
+        data.prepare(str(corpus/'saved'), tmp_path/'out', 'bytes', held_out=0.2)
+    assert (tmp_path/'.out.part'/'progress.json').exists()
+    fail[0] = False
+    assert sum(e['documents'] for e in data.prepare(str(corpus/'saved'), tmp_path/'out', 'bytes', held_out=0.2)['splits'].values()) == 40
+
+
+def test_token_files_of_others_are_read_as_they_are(corpus, tmp_path):
+    "nanoGPT's bare uint16 and llm.c's files, linked to and not copied, with digests, bytes and documents counted."
+    data.prepare(str(corpus/'pages.jsonl'), tmp_path/'ours', 'bytes')
+    (tmp_path/'nanogpt').mkdir(); (tmp_path/'llmc').mkdir()
+    for split in ('train', 'val'):
+        np.array(tokens(tmp_path/'ours', split), np.uint16).tofile(tmp_path/'nanogpt'/f'{split}.bin')
+        (tmp_path/'llmc'/f'pages_{split}_000000.bin').write_bytes((tmp_path/'ours'/f'pages_{split}_000000.bin').read_bytes())
+    for name in ('nanogpt', 'llmc'):
+        data.prepare(str(tmp_path/name), tmp_path/f'{name} read', 'bytes')
+        for split in ('train', 'val'):
+            ours, theirs = (TokenFile(folder, split) for folder in (tmp_path/'ours', tmp_path/f'{name} read'))
+            assert tokens(tmp_path/'ours', split) == tokens(tmp_path/f'{name} read', split) and ours.n_bytes == theirs.n_bytes
+            assert ours.manifest['splits'][split]['documents'] == theirs.manifest['splits'][split]['documents']
+        assert all(p.is_symlink() for p in (tmp_path/f'{name} read').glob('*.bin'))
+        assert data.verify(tmp_path/f'{name} read').endswith('every byte as it was written')
+    assert list(TokenFile(tmp_path/'llmc read', 'train').domains) == ['pages'] and list(TokenFile(tmp_path/'nanogpt read', 'train').domains) == ['nanogpt']
+    with open(tmp_path/'nanogpt'/'val.bin', 'ab') as f: f.write(b'\0\0')
+    with pytest.raises(BadInput, match='its manifest says'): TokenFile(tmp_path/'nanogpt read', 'val')
+    (tmp_path/'nanogpt'/'meta.pkl').write_bytes(b'')
+    with pytest.raises(BadInput, match='holds a vocabulary as a pickle, which is not read'): data.prepare(str(tmp_path/'nanogpt'), tmp_path/'x', 'bytes')
+    with pytest.raises(BadInput, match='must have train or val in their names'): data.prepare(str(tmp_path/'llmc'/'pages_train_000000.bin'), tmp_path/'x', 'bytes')
+
+
+def test_fineweb_in_tokens(corpus, tmp_path, monkeypatch):
+    "Through the function that fetches from the hub, with local files in the place of the hub's."
+    data.prepare(str(corpus/'pages.jsonl'), tmp_path/'ours', 'bytes')
+    asked = []
+    def fetch(repo, name, repo_type):
+        asked.append((repo, name, repo_type))
+        path = tmp_path/name
+        path.write_bytes((tmp_path/'ours'/f'pages_{"val" if "val" in name else "train"}_000000.bin').read_bytes())
+        return str(path)
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', fetch)
+    made = data.prepare('fineweb10B-gpt2', tmp_path/'fineweb', 'bytes', max_tokens=150_000_000)
+    assert [name for _, name, _ in asked] == ['fineweb_val_000000.bin', 'fineweb_train_000001.bin', 'fineweb_train_000002.bin']
+    assert {(repo, kind) for repo, _, kind in asked} == {('kjj0/fineweb10B-gpt2', 'dataset')}
+    assert list(made['splits']['train']['domains']) == ['fineweb'] and len(made['splits']['train']['shards']) == 2
+    assert tokens(tmp_path/'fineweb', 'train') == 2 * tokens(tmp_path/'ours', 'train')
+
+
+@pytest.mark.parametrize('name, content, sentence', [
+    ('cut.jsonl.gz', gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], 'is damaged'),
+    ('plain.jsonl.gz', b'{"text": "a"}\n', 'is damaged: Not a gzipped file'),
+    ('cut.parquet', b'PAR1 and no end', 'is damaged'),
+    ('deep.jsonl', b'[' * 100_000, 'line 1 must be a JSON object with a string under "text"'),
+    ('late.txt', b'a' * 2**20 + b'\xc3', f'is not UTF-8 text: byte {2**20} cannot be decoded'),
+    ('between.txt', b'a' * (2**20 - 1) + b'\xc3(', f'is not UTF-8 text: byte {2**20 - 1} cannot be decoded'),
+])
+def test_damaged_files_are_told_by_their_place(name, content, sentence, tmp_path):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(BadInput) as stop: list(data.file_documents(tmp_path/name))
+    assert sentence in str(stop.value) and name in str(stop.value) and '\n' not in str(stop.value)
+
+
+def test_nulls_and_empty_texts_are_left_out(tmp_path):
+    parquet.write_table(pyarrow.table({'text': ['a', None, '', 'b']}), tmp_path/'x.parquet')
+    assert [d.text for d in data.file_documents(tmp_path/'x.parquet')] == ['a', 'b']
+
+
+def test_two_at_once_do_not_write_one_dataset(corpus, tmp_path):
+    with data.at_work(tmp_path/'.x.part'):
+        with pytest.raises(BadInput, match='another process is preparing'): data.prepare(str(corpus/'pages.txt'), tmp_path/'x', 'bytes')
+        assert (tmp_path/'.x.part').exists()
+    assert not (tmp_path/'.x.part').exists()
