@@ -1021,7 +1021,7 @@ def check_prepare(sources: list[str], o: Prepare, kind: str):
     named, domains = sources[0] if sources[0] in NAMED else None, [label(s) for s in sources]
     shares(sources, o)
     rules = [(len(sources) == 1 or not set(sources) & {*NAMED} - {*HUB},
-              f'{", ".join({**NAMED} - HUB.keys())} are prepared one at a time and alone, got {" ".join(sources)}; '
+              f'{", ".join(s for s in NAMED if s not in HUB)} are prepared one at a time and alone, got {" ".join(sources)}; '
               'a folder of that name is ./NAME'),
              (named or domains[0] not in NAMED or o.out,
               f'{sources[0]} would be written to data/{domains[0]}, which is {domains[0]} itself; name a folder with --out'),

