@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
         self.dropout, self.rotary, D = cfg.dropout, cfg.positions == 'rotary', cfg.n_embd // cfg.n_head
         self.c_attn = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * D, bias=cfg.bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-6) if cfg.qk_norm else nn.Identity() for _ in 'qk')
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if cfg.qk_norm else nn.Identity() for _ in 'qk')
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -74,5 +74,6 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=few)
         k, v = cache.extend(k, v)                                       # (B, H, seen, D)
+        if q.size(2) == 1: return F.scaled_dot_product_attention(q, k, v, enable_gqa=few)      # the newest sees all
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=few)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Bench', 'make_layer', 'has_transformers', 'mixtral_block', 'original', 'original_layer', 'make_pass', 'make_model',
            'mixtral_model', 'original_model', 'make_step', 'interleaved', 'neighbour_ratio', 'prepare_process',
-           'machine', 'resident', 'measure_peak', 'peak_memory', 'report', 'layer', 'step', 'scale', 'table',
-           'check_bench', 'heading', 'main']
+           'machine', 'resident', 'measure_peak', 'peak_memory', 'report', 'layer', 'step', 'scale', 'make_writer',
+           'write', 'table', 'check_bench', 'heading', 'main']
 
 # %% ../nbs/14_bench.ipynb #imports
 import importlib.util, io, json, math, multiprocessing, platform, statistics, sys, time
@@ -23,6 +23,7 @@ from .config import PRESETS, BadInput, ModelConfig, TrainConfig, from_command_li
 from .experts import MLP, MoE
 from .model import GPT, moe_layers
 from .parallel import find_device
+from .sample import generate
 from .train import keep_freed_memory, make_optimizer
 
 # %% ../nbs/14_bench.ipynb #settings
@@ -264,6 +265,25 @@ def scale(b: Bench) -> list[dict]:
         rows.append(dict(N=n, E=e) | {name: n / statistics.median(times[name]) / 1e3 for name in times})
     return rows
 
+# %% ../nbs/14_bench.ipynb #write
+def make_writer(name: str, model: torch.nn.Module, b: Bench) -> Callable[[], list[int]]:
+    "A function that writes one more token after so many: `cache 256` reads the newest, `anew 256` all of them."
+    kind, n = name.split()
+    idx = torch.zeros(b.batch_size, int(n), dtype=torch.long, device=find_device(b.device))
+    steps = generate(model, idx, b.repeats + 1, top_k=200, use_cache=kind == 'cache')
+    return lambda: next(steps).ids.tolist()
+
+def write(b: Bench) -> list[dict]:
+    "Tokens per second of writing 512, with the cache and anew, and milliseconds of a step at three positions."
+    cfg = PRESETS[b.preset][0]
+    model = GPT(replace(cfg, block_size=1024, vocab_size=cfg.vocab_size or 50304)).to(find_device(b.device)).eval()
+    positions, kinds = (1, 256, 510), ('cache', 'anew')
+    times = interleaved({f'{kind} {n}': make_writer(f'{kind} {n}', model, b) for kind in kinds for n in positions}, b.repeats)
+    steps = {kind: [1e3 * statistics.median(times[f'{kind} {n}']) for n in positions] for kind in kinds}
+    mean = {kind: (first + 4 * middle + last) / 6 for kind, (first, middle, last) in steps.items()}       # Simpson's rule
+    return [dict(case=kind, tok_per_s=b.batch_size / mean[kind] * 1e3, times_anew=mean['anew'] / mean[kind])
+            | {f'ms at {n}': ms for n, ms in zip(positions, steps[kind])} for kind in kinds]
+
 # %% ../nbs/14_bench.ipynb #table
 def table(rows: list[dict]) -> str:
     "Rows as aligned text."
@@ -273,7 +293,7 @@ def table(rows: list[dict]) -> str:
     return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
 
 # %% ../nbs/14_bench.ipynb #check
-def check_bench(b: Bench):
+def check_bench(b: Bench, what: str):
     "Raise `BadInput` for sizes that cannot be timed."
     for name in ('n_tokens', 'n_embd', 'expert_width', 'n_experts', 'top_k', 'batch_size', 'repeats'):
         if getattr(b, name) < 1: raise BadInput(f'{name} must be at least 1, got {getattr(b, name)}')
@@ -282,7 +302,7 @@ def check_bench(b: Bench):
         raise BadInput(f'top_k must be between 1 and n_experts={b.n_experts}, got {b.top_k}')
     if b.threads < 0: raise BadInput(f'threads must be at least 0, got {b.threads}')
     if b.preset not in PRESETS: raise BadInput(f'there is no preset {b.preset}{nearest(b.preset, PRESETS)}')
-    if PRESETS[b.preset][0].n_experts == 1: raise BadInput(f'preset must have experts, got {b.preset}')
+    if what != 'write' and PRESETS[b.preset][0].n_experts == 1: raise BadInput(f'preset must have experts, got {b.preset}')
     if b.against: original(b)
     if b.json and not Path(b.json).parent.is_dir():
         raise BadInput(f'json must be a file in a folder that exists, got {b.json}')
@@ -291,21 +311,22 @@ def check_bench(b: Bench):
 def heading(what: str, b: Bench) -> str:
     "What was timed."
     if what == 'step': return f'whole step of {b.preset}, {b.batch_size} rows'
+    if what == 'write': return f'{b.preset} writes 512 tokens, {b.batch_size} rows'
     sizes = f'C {b.n_embd}, F {b.expert_width}, K {b.top_k}'
     if what == 'scale': return f'thousands of tokens per second, forward + backward, {sizes}'
     return f'forward + backward, N {b.n_tokens}, E {b.n_experts}, {sizes}'
 
 def main(argv: list[str] | None = None):
-    "`python -m nanomoe.bench {layer,step,scale} [--dtype bfloat16] [--against CLONE] …`"
+    "`python -m nanomoe.bench {layer,step,scale,write} [--dtype bfloat16] [--against CLONE] …`"
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
         asks = argv[:1] in (['-h'], ['--help'])
-        if not asks and (not argv or argv[0] not in ('layer', 'step', 'scale')):
-            raise BadInput('say what to time: layer, step or scale')
-        b = from_command_line(Bench, Bench(), argv if asks else argv[1:], 'python -m nanomoe.bench {layer,step,scale}')
-        check_bench(b)
+        if not asks and (not argv or argv[0] not in ('layer', 'step', 'scale', 'write')):
+            raise BadInput('say what to time: layer, step, scale or write')
+        b = from_command_line(Bench, Bench(), argv if asks else argv[1:], 'python -m nanomoe.bench {layer,step,scale,write}')
+        check_bench(b, argv[0])
         prepare_process(b)
-        rows = {'layer': layer, 'step': step, 'scale': scale}[argv[0]](b)
+        rows = {'layer': layer, 'step': step, 'scale': scale, 'write': write}[argv[0]](b)
     print(', '.join(f'{key} {value}' for key, value in machine(b).items()))
     print(f'{heading(argv[0], b)}; medians of {b.repeats}, interleaved', table(rows), sep='\n')
     if b.json:

@@ -59,7 +59,7 @@ class TrainConfig:
     "One run: its data, its schedule, its machine"
     out_dir: str = 'out/run'  # folder of the run; a folder that holds a run is continued
     dataset: str = 'onboard'  # prepared folder, by path or by its name under data/
-    init_from: str = 'scratch'  # scratch, a run's folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    init_from: str = 'scratch'  # scratch, a run's folder, gpt2 to gpt2-xl, a folder of transformers, or a ckpt.pt
     max_iters: int = 600000  # optimiser steps
     batch_size: int = 12  # B: rows per micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches per step, over all processes together
@@ -252,6 +252,10 @@ _presets = {
                  TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
     'nano_moe_dense': (ModelConfig(**_original),
                        TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
+    'modern': (ModelConfig(**_original, n_kv_head=2, positions='rotary', norm='rmsnorm', qk_norm=True,
+                           activation='swiglu', n_experts=64, top_k=8, expert_width=192, moe_every=1,
+                           gates='chosen', balance_over='global'),
+               TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
     'gpt2': (ModelConfig(vocab_size=50304), TrainConfig(dataset='openwebtext', eval_interval=1000)),
     'shakespeare': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=256, dropout=0.2, n_experts=8),
                     TrainConfig(dataset='shakespeare', max_iters=1000, batch_size=16,

@@ -187,6 +187,8 @@ def queued(experts: Experts, x: Tensor, r: Routing, cfg: ModelConfig, factor: fl
     E, groups = cfg.n_experts, n_rows if cfg.capacity_over == 'sequence' else 1     # of tokens that share queues
     n = len(x) // groups
     capacity = expert_capacity(n, E, cfg.top_k, factor, cfg.min_capacity)
+    if capacity >= n:                                                   # no queue can be full, so there need be none
+        return dropless(experts, x, r), r._replace(kept=torch.ones_like(r.expert_ids, dtype=torch.bool))
     group = torch.arange(len(x), device=x.device).unsqueeze(1) // n
     slots = assign_slots(r.expert_ids * groups + group, E * groups, capacity, cfg.priority, r.gates)
     inputs = dispatch(x, slots, E * groups)                             # (E·G, S, C)

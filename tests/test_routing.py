@@ -432,3 +432,17 @@ def test_norms_by_hand():
     attention.attend = lambda q, k, v, cache: seen.extend([q, k]) or v
     attention(torch.randn(2, 9, 32))
     for t in seen: torch.testing.assert_close(t.norm(dim=-1), torch.full((2, 4, 9), 8 ** 0.5), atol=1e-2, rtol=1e-3)
+
+
+def test_queues_that_cannot_be_full_are_no_queues():
+    "With room for every token the layer takes the way without queues: the same output, gradients and choices, all kept."
+    cfg = ModelConfig(n_embd=16, n_experts=4, top_k=2, capacity_factor=2.0, eval_capacity_factor=2.0, min_capacity=1)
+    torch.manual_seed(0)
+    layer, x = MoE(cfg), torch.randn(2, 6, 16)
+    roomy, tight = (MoE(replace(cfg, capacity_factor=factor)) for factor in (2.0, 1.9))
+    for other in (roomy, tight): other.load_state_dict(layer.state_dict())
+    free = MoE(replace(cfg, capacity_factor=None))
+    free.load_state_dict(layer.state_dict())
+    (y, r), (wanted, s) = roomy(x), free(x)
+    assert torch.equal(y, wanted) and r.kept.all() and r.kept.shape == r.expert_ids.shape and s.kept is None
+    assert torch.equal(r.expert_ids, s.expert_ids) and tight(x)[1].kept is not None
