@@ -953,7 +953,6 @@ def adopt(files: list[Path], folder: Path, tokenizer: str = 'gpt2', name: str = 
     Raises `BadInput` unless there are files with train and with val in their names, of ids that the tokenizer has.
     """
     check_replaceable(folder)
-    encoder, part = make_tokenizer(tokenizer, [], 257), folder.parent/f'.{folder.name}.part'
     splits = {split: [f for f in files if split in f.name] for split in ('train', 'val')}
     left = [f for f in files if f not in splits['train'] + splits['val']]
     if left or not all(splits.values()) or len({f.name for f in files}) < len(files):
@@ -961,6 +960,7 @@ def adopt(files: list[Path], folder: Path, tokenizer: str = 'gpt2', name: str = 
                        f'got {", ".join(f.name for f in files)}')
     pickled = [f.parent/'meta.pkl' for f in files if (f.parent/'meta.pkl').exists()]
     if pickled: raise BadInput(f'{pickled[0]} holds a vocabulary as a pickle, which is not read; prepare the text itself')
+    encoder, part = make_tokenizer(tokenizer, [], 257), folder.parent/f'.{folder.name}.part'
     with at_work(part):
         for path in part.iterdir(): path.unlink()
         save_tokenizer(encoder, part)

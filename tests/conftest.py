@@ -1,11 +1,14 @@
 """Options of the tests: how long to go on breaking things, the seed of what breaks when, how much to click through."""
 import hashlib
 import importlib.util
+import os
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+
+os.environ['HF_HUB_OFFLINE'] = '1'                  # no test asks the hub, and none waits for it
 
 
 def pytest_addoption(parser):

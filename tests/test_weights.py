@@ -510,7 +510,7 @@ def test_narrow_layers_without_experts_are_refused():
 
 @pytest.mark.skipif(not find_spec('lm_eval') or not find_spec('accelerate'), reason='lm-eval is not installed')
 def test_lm_eval_sees_our_log_probabilities(exported, tokenizer, tmp_path):
-    rows = [dict(question=f'the cat sat {n} times:', choices=[f' {n}', f' {n + 1}'], label=0) for n in range(6)]
+    rows = [dict(question=f'the cat sat {n} times:', choices=[f'{n}', f'{n + 1}'], label=0) for n in range(6)]
     (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     (tmp_path/'cats.yaml').write_text(json.dumps(dict(
         task='cats', dataset_path='json', dataset_kwargs=dict(data_files=dict(test=str(tmp_path/'rows.jsonl'))), test_split='test',
@@ -525,7 +525,8 @@ def test_lm_eval_sees_our_log_probabilities(exported, tokenizer, tmp_path):
     assert len(found) == len(rows)
     for row in found:
         for choice, reply in zip(row['doc']['choices'], row['filtered_resps']):
-            before, after = (tokenizer.encode_ordinary(text) for text in (row['doc']['question'], row['doc']['question'] + choice))
+            question = row['doc']['question']
+            before, after = (tokenizer.encode_ordinary(text) for text in (question, f"{question} {choice}"))
             with torch.no_grad(): logs = model(torch.tensor([after[:-1]])).logits[0].log_softmax(-1)
             ours = sum(logs[i - 1, after[i]].item() for i in range(len(before), len(after)))
             assert after[:len(before)] == before and abs(ours - float(reply[0])) < 1e-4
