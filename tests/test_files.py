@@ -93,7 +93,7 @@ def test_no_file_executes_anything(dataset, tmp_path, capsys):
     assert checkpoint.load_latest(run).step == 10 and 'holds no checkpoint' in capsys.readouterr().err
     torch.save({'model': {'w': Bomb(marker)}}, tmp_path/'ckpt.pt')
     for call in (pretrained.load_run, sample.load):
-        with pytest.raises(BadInput, match='holds no checkpoint'): call(tmp_path/'ckpt.pt')
+        with pytest.raises(BadInput, match='holds no checkpoint|arrays and plain values alone'): call(tmp_path/'ckpt.pt')
     for name, text in (('run.toml', f'n_layer = {code}'), ('run.json', json.dumps({'n_layer': code})), ('run.py', code),
                        ('other.toml', f'out_dir = "$(touch {marker})"\nn_layer = 1'), ('preset.json', json.dumps({'preset': code}))):
         (tmp_path/name).write_text(text)
