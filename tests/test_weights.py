@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from test_original import FIXTURES, Original, worst
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen3MoeConfig
 
-from nanomoe import pretrained, sample, train
+from nanomoe import data, pretrained, sample, train
 from nanomoe.checkpoint import save
 from nanomoe.config import PRESETS, BadInput, ModelConfig, TrainConfig, parse, to_dict
 from nanomoe.data import END, WORDS, load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 from nanomoe.model import GPT, n_params
-from nanomoe.pretrained import (architecture, export_hf, from_gpt2, hf_tokenizer, initial_weights, load_model, same_tokens,
-                                tokenizer_of, upcycle)
+from nanomoe.pretrained import (architecture, export_hf, from_gpt2, hf_tokenizer, initial_weights, load_model, tokenizer_of,
+                                upcycle, vocabulary)
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
@@ -128,7 +128,7 @@ def test_plain_transformers_writes_the_same(name, exported, read, tokenizer):
 def test_there_and_back_is_bit_for_bit(name, exported, tokenizer):
     model, folder = exported[name]
     again = load_model(folder)
-    assert again.cfg == model.cfg and same_tokens(tokenizer_of(folder), tokenizer)
+    assert again.cfg == model.cfg and vocabulary(tokenizer_of(folder)) == vocabulary(tokenizer)
     for key, tensor in model.state_dict().items(): assert torch.equal(tensor, again.state_dict()[key]), key
 
 
@@ -530,3 +530,15 @@ def test_lm_eval_sees_our_log_probabilities(exported, tokenizer, tmp_path):
             with torch.no_grad(): logs = model(torch.tensor([after[:-1]])).logits[0].log_softmax(-1)
             ours = sum(logs[i - 1, after[i]].item() for i in range(len(before), len(after)))
             assert after[:len(before)] == before and abs(ours - float(reply[0])) < 1e-4
+
+
+def test_gpt2s_vocabulary_is_known_without_fetching_it(gpt2_vocabulary, tmp_path, monkeypatch):
+    "Eight processes that begin from GPT-2 compare a digest: none of them asks for the vocabulary."
+    (tmp_path/'text.txt').write_text('Experts read what routers send. ' * 50)
+    data.prepare(str(tmp_path/'text.txt'), tmp_path/'made', 'gpt2')
+    data.prepare(str(tmp_path/'text.txt'), tmp_path/'bytes', 'bytes')
+    assert vocabulary(load_tokenizer(tmp_path/'made')) == pretrained.GPT2_VOCABULARY
+    monkeypatch.setattr('tiktoken.get_encoding', None)
+    pretrained.check_tokenizer('gpt2', tmp_path/'made')
+    with pytest.raises(BadInput, match='has other token ids than the text that gpt2 has learnt from'):
+        pretrained.check_tokenizer('gpt2', tmp_path/'bytes')
