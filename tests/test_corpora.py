@@ -357,6 +357,23 @@ def test_a_changed_dataset_is_not_mixed_with_the_old(texts, tmp_path, noting):
     assert sorted(whole) == sorted('new ' + text for text in texts)
 
 
+@pytest.mark.parametrize('at', [21, 24])
+def test_a_document_is_noted_with_both_its_parts_or_not_at_all(at, texts, tmp_path, monkeypatch, noting):
+    "Of documents that are cut into what is trained on and what is held out, whichever part was the last to be written."
+    stops = [None, at]                                                  # the first round finds nothing to hold out
+    def documents(skip):
+        stop = stops.pop(0) if stops else None
+        for i, text in enumerate(texts):
+            if i == stop: raise KeyboardInterrupt
+            if i >= skip: yield data.Document(text, 'pages', str(i))
+    monkeypatch.setattr(data, 'upto', lambda pieces, limit: iter(()))   # `bytes` learns nothing and reads nothing
+    source = Source('pages', documents, held_out=lambda name: False)
+    with pytest.raises(KeyboardInterrupt): data.write_dataset([source], tmp_path/'out', 'bytes')
+    data.write_dataset([source], tmp_path/'out', 'bytes')
+    data.write_dataset([source], tmp_path/'alone', 'bytes')
+    for split in ('train', 'val'): assert tokens(tmp_path/'out', split) == tokens(tmp_path/'alone', split)
+
+
 @pytest.mark.parametrize('damage', ['tokenizer.json', 'shard', 'progress.json'])
 def test_damaged_notes_are_begun_anew(damage, corpus, tmp_path, noting):
     half = Source('half', lambda skip: (d if i < 40 else 1 / 0 for i, d in enumerate(data.file_documents(corpus/'pages.txt')) if i >= skip))
