@@ -91,7 +91,7 @@ def strings(line: bytes, columns: tuple[str, ...], where: str) -> tuple[str, ...
         raise BadInput(f'{where} must be a JSON object with a string under {names}') from None
 
 def read_parquet(path: Path, columns: tuple[str, ...] = ('text',)) -> Iterator[tuple[str, ...]]:
-    "These strings of each row with a text in a .parquet file; raises `BadInput` where there is no such column."
+    "These strings of each row of a .parquet file, None for nulls; raises `BadInput` where there is no such column."
     import pyarrow
     from pyarrow import parquet
     try:
@@ -101,8 +101,7 @@ def read_parquet(path: Path, columns: tuple[str, ...] = ('text',)) -> Iterator[t
                 if not re.match('(large_)?string|dictionary<values=(large_)?string', str(kinds.get(name))):
                     raise BadInput(f'{path} has no column of strings named {name}; it has: {", ".join(kinds)}')
             for batch in file.iter_batches(1000, columns=list(columns)):
-                for row in zip(*(batch.column(name).to_pylist() for name in columns)):
-                    if row[0] is not None: yield row
+                yield from zip(*(batch.column(name).to_pylist() for name in columns))
     except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as e:
         raise BadInput(f'{path} is damaged: {str(e).splitlines()[0]}') from None
     except OSError as e: raise BadInput(f'{path} cannot be read: {e.strerror or e}') from None
@@ -1076,7 +1075,7 @@ def shares(sources: list[str], o: Prepare) -> list[float]:
     try: weights = [float(w) for w in o.weights.split(',')]
     except ValueError: weights = []
     if len(weights) != len(sources) or not all(0.001 <= w / max(sum(weights), 1e-9) < math.inf for w in weights):
-        raise BadInput(f'weights must be {len(sources)} numbers with commas between, each at least a thousandth of all, '
+        raise BadInput(f'weights must be {len(sources)} number{"s" * (len(sources) > 1)} with commas between, each at least a thousandth of all, '
                        f'got {o.weights}')
     return weights
 

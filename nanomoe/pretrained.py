@@ -410,7 +410,7 @@ def export_gap(model: GPT, folder: Path) -> float:
     ids = torch.randint(cfg.vocab_size, (2, min(cfg.block_size, 64)), generator=torch.Generator().manual_seed(0))
     ours = model(ids).logits
     gap = (ours - theirs(ids).logits).abs().max().item()
-    if gap <= 1e-4 * max(1.0, ours.abs().max().item()): return gap
+    if gap <= 1e-5 * max(1.0, ours.abs().max().item()): return gap
     raise RuntimeError(f'the exported logits differ by {gap}')
 
 # %% ../nbs/17_weights.ipynb #check-exportable

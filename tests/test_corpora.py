@@ -99,6 +99,15 @@ def test_gpt2s_vocabulary_without_a_network(corpus, texts, tmp_path, gpt2_vocabu
     assert saved.encode('hello world') == [31373, 995] and data.open_shard(next((tmp_path/'gpt2').glob('*.bin'))).dtype == np.uint16
 
 
+def test_nanogpts_own_files_in_gpt2s_tokens(tmp_path, gpt2_vocabulary):
+    "Bare 16-bit ids up to 50,256, found in a folder and taken for GPT-2's; each document's end is counted."
+    (tmp_path/'owt').mkdir()
+    ids = [31373, 995, 50256] * 40
+    for split in ('train', 'val'): np.array(ids, np.uint16).tofile(tmp_path/'owt'/f'{split}.bin')
+    made = data.prepare(str(tmp_path/'owt'), tmp_path/'made')['splits']['train']
+    assert tokens(tmp_path/'made', 'train') == ids and (made['documents'], made['bytes']) == (40, 40 * len('hello world'))
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
     tokenizer = data.encoding('pairs', r'[\s\S]{2}|[\s\S]', {bytes([i]): i for i in range(256)} | pairs)

@@ -150,7 +150,16 @@ def test_an_export_that_differs_is_not_published(exported, tmp_path, monkeypatch
                 for ours, theirs in names(cfg).items()}
     monkeypatch.setattr(pretrained, 'qwen3_names', swapped)
     with pytest.raises(RuntimeError, match='differ'): export_hf(run, tmp_path/'out')
-    assert [path.name for path in tmp_path.iterdir()] == ['run']
+    monkeypatch.undo()
+    described = pretrained.hf_config
+    def with_the_librarys_epsilon(*args):                               # the smallest mistake that we know of
+        config = described(*args)
+        config.rms_norm_eps = 1e-6
+        return config
+    monkeypatch.setattr(pretrained, 'hf_config', with_the_librarys_epsilon)
+    usual = run_of(GPT(exported['experts'][0].cfg).eval(), tokenizer, tmp_path/'new')
+    with pytest.raises(RuntimeError, match='differ'): export_hf(usual, tmp_path/'out')
+    assert {path.name for path in tmp_path.iterdir()} == {'run', 'new'}
 
 
 def test_only_an_earlier_export_is_replaced(exported, tmp_path, tokenizer):
