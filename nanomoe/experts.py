@@ -119,7 +119,10 @@ def two_layers(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_ou
 
 # %% ../nbs/06_experts.ipynb #experts
 class Experts(nn.Module):
-    "E MLPs as stacked weights, so that an expert without tokens still has a (zero) gradient on every process."
+    """E MLPs as stacked weights, so that an expert without tokens still has a (zero) gradient on every process.
+
+    They hold no numbers yet: `model.initialise` draws them, those of a layer on its own too.
+    """
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         E, C, width = cfg.n_experts, cfg.n_embd, cfg.expert_width or 4 * cfg.n_embd

@@ -917,9 +917,11 @@ def server(run: str | Path, port: int = 0) -> ThreadingHTTPServer:
                 if found: self.wfile.write(found[1].encode('utf-8', 'replace'))
 
         def log_message(self, *words): pass                     # a line per question would hide the address
-    try: return ThreadingHTTPServer(('127.0.0.1', port), Handler)
+    try: http = ThreadingHTTPServer(('127.0.0.1', port), Handler)
     except (OSError, OverflowError) as e:
         raise BadInput(f'port {port} cannot be used: {getattr(e, "strerror", None) or e}; --port 0 finds a free one') from None
+    http.lock = live.lock                                       # held while an answer is drawn
+    return http
 
 # %% ../nbs/15_report.ipynb #main
 @dataclass(frozen=True)
@@ -956,10 +958,12 @@ def watch(run: str | Path, port: int = 8712, open: bool = True):
     if not resolve(run).is_dir(): raise BadInput(f'{run} is no folder; name the folder of a run')
     with server(run, port) as http:
         address = f'http://127.0.0.1:{http.server_port}/'
-        print(f'watching    {run} at {address} (Ctrl-C ends)', flush=True)
-        if open: webbrowser.open(address)
-        try: http.serve_forever()
+        try:
+            print(f'watching    {run} at {address} (Ctrl-C ends)', flush=True)
+            if open: webbrowser.open(address)
+            http.serve_forever()
         except KeyboardInterrupt: print()
+        http.lock.acquire()                                     # Python must not end under a thread that draws
 
 # %% ../nbs/15_report.ipynb #viz-main
 def main(argv: list[str] | None = None):

@@ -208,7 +208,7 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
         page.locator('#layer').select_option('1')
         wait_for(lambda: 'MoE layer 1' in page.locator('#board').inner_text(), 'the other layer never came')
         watch.send_signal(signal.SIGINT)
-        assert watch.wait(20) == 0
+        assert watch.wait(60) == 0
         wait_for(lambda: 'the watcher has ended' in page.locator('#state').inner_text(), 'silent about its end')
         assert page.locator('#board svg').count() == 1 and errors == []
         boards = [at for at, url in asked if '/board' in url]

@@ -10,7 +10,7 @@ from nanomoe import experts as module
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, check
 from nanomoe.experts import MoE, activate
 from nanomoe.losses import balance_loss, sequence_balance_loss, update_bias
-from nanomoe.model import GPT, flops_per_token
+from nanomoe.model import GPT, flops_per_token, initialise
 from nanomoe.router import Routing, make_router
 from nanomoe.train import health, routing_stats
 
@@ -438,7 +438,7 @@ def test_queues_that_cannot_be_full_are_no_queues():
     "With room for every token the layer takes the way without queues: the same output, gradients and choices, all kept."
     cfg = ModelConfig(n_embd=16, n_experts=4, top_k=2, capacity_factor=2.0, eval_capacity_factor=2.0, min_capacity=1)
     torch.manual_seed(0)
-    layer, x = MoE(cfg), torch.randn(2, 6, 16)
+    layer, x = filled(MoE(cfg)), torch.randn(2, 6, 16)
     roomy, tight = (MoE(replace(cfg, capacity_factor=factor)) for factor in (2.0, 1.9))
     for other in (roomy, tight): other.load_state_dict(layer.state_dict())
     free = MoE(replace(cfg, capacity_factor=None))
@@ -446,3 +446,12 @@ def test_queues_that_cannot_be_full_are_no_queues():
     (y, r), (wanted, s) = roomy(x), free(x)
     assert torch.equal(y, wanted) and r.kept.all() and r.kept.shape == r.expert_ids.shape and s.kept is None
     assert torch.equal(r.expert_ids, s.expert_ids) and tight(x)[1].kept is not None
+
+
+def test_a_layer_on_its_own_is_drawn_as_a_model_is():
+    cfg = ModelConfig(n_layer=8, n_embd=64, n_experts=4, n_shared_experts=1)
+    layer = MoE(cfg)
+    for p in layer.parameters(): torch.nn.init.constant_(p, float('nan'))
+    initialise(layer, cfg)
+    for w in (layer.router.score.weight, layer.experts.c_fc, layer.shared.c_fc.weight): assert abs(w.std() / 0.02 - 1) < 0.1
+    for w in (layer.experts.c_proj, layer.shared.c_proj.weight): assert abs(w.std() / (0.02 / 4) - 1) < 0.1    # √(2·8) = 4
