@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .attention import KVCache
 from .config import BadInput, ModelConfig, from_command_line, one_sentence
-from .data import read_text
+from .data import check_characters, read_text
 from .model import GPT
 from .parallel import find_device
 from .pretrained import load_model, tokenizer_of
@@ -90,8 +90,7 @@ def load(where: str | Path, device: str = 'auto'):
 
 def prompt(tokenizer, text: str) -> Tensor:
     "Ids (1, T) that begin a text: the end of a document, then the text."
-    if tokenizer.name == 'chars' and (unknown := set(text) - {word.decode() for word in tokenizer._mergeable_ranks}):
-        raise BadInput(f'the vocabulary has no {min(unknown)!r}, which the text to continue holds')
+    check_characters(tokenizer, text, 'the text to continue')
     return torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(text)]])
 
 def stream(tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -917,11 +917,9 @@ def server(run: str | Path, port: int = 0) -> ThreadingHTTPServer:
                 if found: self.wfile.write(found[1].encode('utf-8', 'replace'))
 
         def log_message(self, *words): pass                     # a line per question would hide the address
-    try: http = ThreadingHTTPServer(('127.0.0.1', port), Handler)
+    try: return ThreadingHTTPServer(('127.0.0.1', port), Handler)
     except (OSError, OverflowError) as e:
         raise BadInput(f'port {port} cannot be used: {getattr(e, "strerror", None) or e}; --port 0 finds a free one') from None
-    http.lock = live.lock                                       # held while an answer is drawn
-    return http
 
 # %% ../nbs/15_report.ipynb #main
 @dataclass(frozen=True)
@@ -963,7 +961,6 @@ def watch(run: str | Path, port: int = 8712, open: bool = True):
             if open: webbrowser.open(address)
             http.serve_forever()
         except KeyboardInterrupt: print()
-        http.lock.acquire()                                     # Python must not end under a thread that draws
 
 # %% ../nbs/15_report.ipynb #viz-main
 def main(argv: list[str] | None = None):

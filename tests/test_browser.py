@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,8 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
                               '--n_experts=8', '--block_size=96', '--device=cpu'], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **quiet)
     run.mkdir(exist_ok=True)
     watch = subprocess.Popen([sys.executable, '-m', 'nanomoe.viz', 'watch', run, '--port=0', '--open=False'],
-                             cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                             cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                             preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler))   # also below `make test &`
     (SHOTS/'watch.png').unlink(missing_ok=True)
     page, errors, asked = browser.new_page(viewport={'width': 960, 'height': 700}), [], []
     page.on('pageerror', lambda e: errors.append(str(e)))
@@ -208,7 +210,7 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
         page.locator('#layer').select_option('1')
         wait_for(lambda: 'MoE layer 1' in page.locator('#board').inner_text(), 'the other layer never came')
         watch.send_signal(signal.SIGINT)
-        assert watch.wait(60) == 0
+        assert watch.wait(20) == 0
         wait_for(lambda: 'the watcher has ended' in page.locator('#state').inner_text(), 'silent about its end')
         assert page.locator('#board svg').count() == 1 and errors == []
         boards = [at for at, url in asked if '/board' in url]

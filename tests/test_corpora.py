@@ -305,6 +305,34 @@ def test_two_at_once_do_not_write_one_dataset(corpus, tmp_path):
     assert not (tmp_path/'.x.part').exists()
 
 
+def test_a_million_blanks_do_not_end_a_preparation():
+    "More in a row than tiktoken's pattern takes at once, or a BPE learns from in an hour: every byte is there."
+    texts = ['a page', 'before' + ' ' * 1_200_000 + 'after', 'another page']
+    for kind in ('bytes', 'bpe'):
+        tokenizer = data.make_tokenizer(kind, texts, 300)
+        with pytest.raises(ValueError, match='Max stack size'): tokenizer.encode(texts[1])
+        found = data.encoded((data.Piece(text, 'pages', 'train', i) for i, text in enumerate(texts)), tokenizer)
+        assert [tokenizer.decode(e.ids[1:].tolist()) for e in found] == texts
+
+
+def test_characters_that_a_runs_vocabulary_lacks_are_named(corpus, tmp_path):
+    (tmp_path/'ab.txt').write_text('abba ' * 100)
+    (tmp_path/'abc.txt').write_text('abba ' * 99 + 'c')
+    data.prepare(str(tmp_path/'ab.txt'), tmp_path/'letters', 'chars')
+    with pytest.raises(BadInput, match="the vocabulary has no 'c', which abc holds"):
+        data.prepare(str(tmp_path/'abc.txt'), tmp_path/'out', str(tmp_path/'letters'))
+    assert not (tmp_path/'out').exists()
+
+
+def test_no_file_is_both_learnt_and_held_out(corpus, tmp_path, monkeypatch):
+    "A file that two sources name, be it by a folder, a pattern, a link or twice by itself, is refused before anything is read."
+    (tmp_path/'link.txt').symlink_to(corpus/'pages.txt')
+    monkeypatch.setattr(data, 'write_dataset', lambda *words: pytest.fail('it was read'))
+    for other in (corpus, f'{corpus}/*.txt', tmp_path/'link.txt', corpus/'pages.txt'):
+        with pytest.raises(BadInput, match=f'both name {corpus/"pages.txt"}'): data.prepare([str(corpus/'pages.txt'), str(other)], tmp_path/'x', 'bytes')
+    assert not (tmp_path/'x').exists()
+
+
 def test_nothing_of_the_users_is_replaced(corpus, tmp_path):
     "A prepared folder as its own source, a source inside the folder, other files beside a dataset: refused, all still there."
     data.prepare(str(corpus/'pages.txt'), tmp_path/'made', 'bytes')
