@@ -432,6 +432,7 @@ class Source(NamedTuple):
     name: str
     documents: Callable[[int], Iterable[Document]]              # those from the n-th on
     held_out: Callable[[str], bool] = is_held_out               # of a document's name
+    share: float = 0.1                                          # held out of each document, if they are cut
     max_tokens: int | None = None                               # the document that reaches it is the last
     n_bytes: int | None = None                                  # of text, where known beforehand
     stamp: tuple = ()                                           # what must be the same for going on after a kill
@@ -450,10 +451,10 @@ class Piece(NamedTuple):
     done: int | None  # documents of the source that are finished with it; None if one is still at work
 
 def pieces(source: Source, skip: int = 0, cut: bool = False) -> Iterator[Piece]:
-    "The source's documents for their splits; when `cut`, of each the last tenth is held out."
+    "The source's documents for their splits; when `cut`, the end of each is held out."
     for done, d in enumerate(source.documents(skip), skip + 1):
         if not cut: yield Piece(d.text, d.domain, 'val' if source.held_out(d.name) else 'train', done)
-        elif at := len(d.text) * 9 // 10:
+        elif (at := min(int(len(d.text) * (1 - source.share)), len(d.text) - 1)) > 0:
             yield Piece(d.text[:at], d.domain, 'train', None)
             yield Piece(d.text[at:], d.domain, 'val', done)
 
@@ -501,7 +502,7 @@ def batches(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
 class Progress:
     "How far a preparation is: all that a continuation has to know"
     job: str                        # digest of what is prepared and how
-    cut: list = field(default_factory=list)         # sources of whose documents the last tenths are held out
+    cut: list = field(default_factory=list)         # sources whose documents are cut
     seen: dict = field(default_factory=dict)        # 'SOURCE SPLIT' -> documents
     source: int = 0                 # sources finished
     documents: int = 0              # of the one at work: documents finished
@@ -903,7 +904,7 @@ def local_source(source: str, columns: tuple[str, ...], share: float, max_tokens
     _, files = source_files(source)
     facts = [f.stat() for f in files]
     return Source(source, lambda skip: itertools.islice(file_documents(source, columns), skip, None),
-                  partial(is_held_out, share=share), max_tokens, text_size(files, columns[0]),
+                  partial(is_held_out, share=share), share, max_tokens, text_size(files, columns[0]),
                   tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, facts)) + columns + (share,))
 
 def text_size(files: list[Path], column: str) -> int | None:
@@ -965,15 +966,15 @@ def hub_documents(rows, columns: tuple[str, ...], name: str, skip: int, expected
 HUB = {'openwebtext': ('Skylion007/openwebtext', None, 8_013_769),          # id, subset, documents
        'fineweb-edu': ('HuggingFaceFW/fineweb-edu', 'sample-10BT', None)}
 
-def hub_source(name: str, subset: str | None, columns: tuple[str, ...], share: float, max_tokens: int | None) -> Source:
+def hub_source(name: str, subset: str | None, columns: tuple[str, ...], share: float | None, max_tokens: int | None) -> Source:
     "A dataset of the Hugging Face hub, or a folder of one, streamed; raises `BadInput` when it cannot be had."
     path, usual, expected = HUB.get(name, (name, None, None))
     subset = subset or usual
     if saved(path): rows, version = saved_rows(path)
     else: rows, version = hub_rows(path, subset)
-    held_out = nanogpts_split() if name == 'openwebtext' else partial(is_held_out, share=share)
+    held_out = nanogpts_split() if name == 'openwebtext' else partial(is_held_out, share=share or 0.0005)
     return Source(name, lambda skip: hub_documents(rows, columns, path, skip, None if max_tokens else expected),
-                  held_out, max_tokens, stamp=(path, subset, version, *columns, share))
+                  held_out, share or 0.1, max_tokens, stamp=(path, subset, version, *columns, share))
 
 def hub_rows(path: str, subset: str | None):
     "The rows of the newest version of a dataset of the hub, and which that is: it stays the same after a kill."
@@ -1107,6 +1108,8 @@ def check_prepare(sources: list[str], o: Prepare, kind: str):
              (o.vocab_size is None or o.vocab_size <= 2**24, f'vocab_size must be at most {2**24}, got {o.vocab_size}'),
              (o.subset is None or any(map(on_hub, sources)), f'subset belongs to a dataset of the hub, got {o.subset}'),
              (o.held_out is None or 'openwebtext' not in sources, 'held_out does not belong to openwebtext, whose split is nanoGPT\'s'),
+             (not named or named in HUB or o.held_out is None and o.domain_column is None and o.text_column == 'text',
+              f'text_column, domain_column and held_out belong to other text than {named}'),
              (o.max_tokens is None or o.max_tokens >= 1, f'max_tokens must be at least 1, got {o.max_tokens}'),
              (o.held_out is None or 0 < o.held_out < 1, f'held_out must be between 0 and 1, got {o.held_out}'),
              (len(set(domains)) == len(domains) or o.weights is None,
@@ -1182,7 +1185,7 @@ def open_source(source: str, o: Prepare, max_tokens: int | None) -> Source:
     if source in NAMED and source not in HUB:
         return listed(source, onboard_documents() if source == 'onboard' else numbers_documents(300_000) if source == 'numbers'
                       else [shakespeare(o.from_file)], max_tokens)
-    if on_hub(source): return hub_source(source, o.subset, columns, o.held_out or 0.0005, max_tokens)
+    if on_hub(source): return hub_source(source, o.subset, columns, o.held_out, max_tokens)
     return local_source(source, columns, o.held_out or 0.1, max_tokens)
 
 def compare_with_nanogpt(manifest: dict, kind: str):

@@ -365,6 +365,10 @@ def test_a_single_book_beside_many_pages_is_trained_on(corpus, tmp_path):
     made = data.prepare([*(str(tmp_path/f'book{i}.txt') for i in range(12)), str(corpus/'pages.txt')], tmp_path/'made', 'bytes')['splits']
     assert made['train']['domains'].keys() == made['val']['domains'].keys() == {*(f'book{i}' for i in range(12)), 'pages'}
     (tmp_path/'empty.txt').write_text('')
+    for share in (None, 0.3, 0.0001):                                   # of the one document; a character at least
+        split = data.prepare(str(tmp_path/'book7.txt'), tmp_path/'one', 'bytes', held_out=share)['splits']
+        size = (tmp_path/'book7.txt').stat().st_size
+        assert split['train']['bytes'] == min(int(size * (1 - (share or 0.1))), size - 1) and split['val']['bytes'] == size - split['train']['bytes']
     with pytest.raises(BadInput, match='empty.txt must hold some text'): data.prepare([str(corpus/'pages.txt'), str(tmp_path/'empty.txt')], tmp_path/'x', 'bytes')
 
 
