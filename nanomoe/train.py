@@ -642,11 +642,10 @@ def log(run: Trainer) -> Record:
 def live_line(r: Record, cfg: TrainConfig, bits: float, started: float, first: int) -> str:
     "One line that says how the run is doing; `bits` turns nats per token into bits per byte."
     loads = [[n / max(sum(layer), 1) for n in layer] for layer in r.load]
-    busiest = max((max(layer) for layer in loads), default=0)
+    experts = f'busiest expert {max(map(max, loads)):.0%}  dropped {r.drop_rate:.1%}  ' if loads else ''
     left = round((time.perf_counter() - started) / max(r.step - first, 1) * (cfg.max_iters - r.step))     # seconds
     line = (f'step {r.step:>{len(str(cfg.max_iters))}}/{cfg.max_iters}  ce {r.ce:.3f}  {r.ce*bits:.3f} bits/byte  '
-            f'{r.tok_per_s:,.0f} tok/s  busiest expert {busiest:.0%}  dropped {r.drop_rate:.1%}  '
-            f'{left//60}:{left % 60:02} left')
+            f'{r.tok_per_s:,.0f} tok/s  {experts}{left//60}:{left % 60:02} left')
     return line + (f'  | held out: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else '')
 
 def show(line: str, keep: bool):

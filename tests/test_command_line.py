@@ -227,3 +227,10 @@ def test_a_runs_own_config_is_a_configuration(tmp_path):
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_every_preset_passes_its_own_checks(name): assert parse([name]) == PRESETS[name]
+
+
+def test_a_dense_run_does_not_speak_of_experts(tmp_path, capsys):
+    for n_experts in (1, 4):
+        train.main(['tiny', f'--n_experts={n_experts}', '--max_iters=1', '--device=cpu', f'--out_dir={tmp_path}/{n_experts}'])
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('step 1/1'))
+        assert ('busiest expert' in line) == ('dropped' in line) == (n_experts > 1), line
