@@ -471,9 +471,9 @@ def encoded(pieces: Iterable[Piece], tokenizer, batch: int = 500_000) -> Iterato
     They work on batches of about `batch` characters, two batches ahead for each, whatever the size of the corpus.
     """
     def encode(batch: list[Piece]) -> list[Encoded]:
+        for p in batch: check_characters(tokenizer, p.text, p.domain)
         return [Encoded(p, np.concatenate([end, ids_of(p.text, p.domain)]), len(p.text.encode())) for p in batch]
     def ids_of(text: str, domain: str) -> np.ndarray:
-        check_characters(tokenizer, text, domain)
         try: return tokenizer.encode_to_numpy(text, disallowed_special=())
         except ValueError as e:                                         # so a million blanks in a row, in one go
             half = len(text) // 2
@@ -1153,6 +1153,7 @@ def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenize
     if sources == ['openwebtext'] and not o.max_tokens: compare_with_nanogpt(made, kind)
     return made
 
+# %% ../nbs/16_corpora.ipynb #apart
 def check_apart(sources: list[str], folder: Path):
     "Raise `BadInput` for a source that is prepared already or lies in the folder that will be replaced."
     for s in map(Path, sources):

@@ -306,7 +306,7 @@ def test_two_at_once_do_not_write_one_dataset(corpus, tmp_path):
 
 
 def test_a_million_blanks_do_not_end_a_preparation():
-    "More in a row than tiktoken's pattern takes at once, or a BPE learns from in an hour: every byte is there."
+    "More in a row than tiktoken's pattern takes at once, or a BPE learns from in seconds: every byte is there."
     texts = ['a page', 'before' + ' ' * 1_200_000 + 'after', 'another page']
     for kind in ('bytes', 'bpe'):
         tokenizer = data.make_tokenizer(kind, texts, 300)
