@@ -710,9 +710,10 @@ class TokenFile:
     def __len__(self) -> int: return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        "Tokens [start, stop) as int64, across shards."
-        parts = [s[max(0, start - a):max(0, stop - a)] for s, a in zip(self.shards, self.starts)]
-        return np.concatenate(parts).astype(np.int64)
+        "Tokens [start, stop) as int64, from the shards that hold them."
+        first, last = np.searchsorted(self.starts[1:], (start, stop - 1), side='right')
+        parts = [self.shards[i][max(0, start - self.starts[i]):stop - self.starts[i]] for i in range(first, last + 1)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
 # %% ../nbs/01_data.ipynb #token-file-helpers
 QUICK = 100_000_000     # tokens whose digest is made at every start: some tenths of a second

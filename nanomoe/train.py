@@ -34,8 +34,8 @@ from .data import (TokenFile, all_windows, batch_at, load_tokenizer, mixed, n_wi
 from .experts import MoE
 from .losses import update_bias
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
-from .parallel import (World, all_reduce, find_dtype, launched_world, my_micro_batches, process_group, quietly,
-                              share_gradients)
+from .parallel import (Feed, World, all_reduce, deterministic, find_dtype, launched_world, my_micro_batches,
+                              process_group, quietly, share_gradients)
 from .pretrained import initial_weights
 from .router import Routing, expert_counts
 
@@ -191,14 +191,16 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
     exact = torch.float32 if world.device.type == 'mps' else torch.float64      # Apple's GPUs have no float64
     sums = torch.zeros(D, 3, dtype=exact, device=world.device)          # nats, targets, bytes of each domain
     load = torch.zeros(D, layers, cfg.n_experts, dtype=exact, device=world.device)
-    for i in range(0, len(starts), world.size * batch_size):
+    batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
+    feed = Feed(lambda n: (*batch_at(data, batches[n], cfg.block_size), target_domains(data, batches[n], cfg.block_size)),
+                world.device, world.size, len(batches))
+    for number in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
         world.beat()                                                    # as often on every process
-        here = starts[i + world.rank * batch_size:i + (world.rank + 1) * batch_size]
-        if not len(here): break
-        (x, y), domain = batch_at(data, here, cfg.block_size), target_domains(data, here, cfg.block_size)
-        x, y, domain = (t.to(world.device).flatten() for t in (x, y, domain))
+        if number >= len(batches): break
+        x, y, domain = feed[number]                                     # (B, T) each
+        y, domain = y.flatten(), domain.flatten()
         with autocast:
-            hidden, routings = model.hidden(x.view(len(here), -1))
+            hidden, routings = model.hidden(x)
             nats = token_losses(hidden.flatten(0, 1), model.wte.weight, y)       # (N,)
         seen = y >= 0
         sums.index_add_(0, domain, torch.stack([nats, seen, lengths[y.clamp(min=0)] * seen], 1).to(exact))
@@ -250,8 +252,9 @@ def keep_freed_memory():
 # %% ../nbs/12_train.ipynb #stop-request
 class StopRequest:
     "Notes SIGINT and SIGTERM for the run to look at after each update; the third one interrupts at once."
+    def __init__(self): self.signals, self.before = [], {}
+
     def __enter__(self):
-        self.signals, self.before = [], {}
         if threading.current_thread() is threading.main_thread():
             self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -299,10 +302,16 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self.stop, self.halt = StopRequest(), False
         self.saver, self.level, self.newest = checkpoint.Saver(), Level(), None
         self.log, self.samples = Lines(self.out_dir/'log.jsonl'), Lines(self.out_dir/'samples.jsonl')
         if resumed: restore(self, resumed)
-        if cfg.compile or (cfg.compile is None and world.device.type == 'cuda'): self.model.compile()
+        B, T = cfg.batch_size, self.model_cfg.block_size
+        self.feed = Feed(lambda number: training_batch(self.data, number * B, B, T, cfg.seed), world.device, world.size)
+        self.measure = routing_stats
+        if cfg.compile or (cfg.compile is None and world.device.type == 'cuda'):
+            self.model.compile()
+            self.measure = torch.compile(routing_stats)
         self.shared = self.model
         self.autocast = torch.autocast(world.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.peak = peak_flops(world.device, self.dtype) * world.size
@@ -329,23 +338,22 @@ def together(run: Trainer, world: World):
 # %% ../nbs/12_train.ipynb #micro-batch
 def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
     "Forward and backward of the run's micro-batch `number`: its ce, balance, z and routing statistics, flat."
-    cfg, T, device = run.cfg, run.model_cfg.block_size, run.world.device
     run.world.beat()
-    dice = int(mixed(np.array([number], np.uint64), cfg.seed)[0] >> np.uint64(1))
+    dice = int(mixed(np.array([number], np.uint64), run.cfg.seed)[0] >> np.uint64(1))
     torch.manual_seed(dice)                                             # of dropout and noise
-    x, y = training_batch(run.data, number * cfg.batch_size, cfg.batch_size, T, cfg.seed)
+    x, y = run.feed[number]
     run.world.beat()
     with quietly(run.shared, last):
-        with run.autocast: out = run.shared(x.to(device), y.to(device), keep_logits=False)
+        with run.autocast: out = run.shared(x, y, keep_logits=False)
         run.scaler.scale(out.losses.total / len(run.micro_batches)).backward()
-    routing = routing_stats(out.routings, run.model_cfg).flatten().to(device)
-    return torch.cat([torch.stack(out.losses[1:]).detach(), routing])
+    return torch.cat([torch.stack(out.losses[1:]).detach(), run.measure(out.routings, run.model_cfg).flatten().to(x.device)])
 
 # %% ../nbs/12_train.ipynb #update
 def update(run: Trainer) -> tuple[Tensor, float]:
     """One optimiser step over all processes, skipped by all if anything is not finite.
 
-    Returns the step's statistics, summed over micro-batches, and the gradient norm before clipping.
+    Returns the step's statistics, summed over micro-batches, and the gradient norm before clipping. Notes in
+    `run.halt` whether any process was asked to stop. Waits for the device once.
     """
     cfg, first = run.cfg, run.step * run.cfg.gradient_accumulation_steps
     for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, cfg)
@@ -353,15 +361,19 @@ def update(run: Trainer) -> tuple[Tensor, float]:
     stats = torch.stack(parts).sum(0)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-    stats = all_reduce(torch.cat([stats, (~torch.isfinite(norm + stats[0])).float()[None]]))
-    if run.scaler.is_enabled() or stats[-1] == 0: run.scaler.step(run.optimizer)
+    bad, stop = (~torch.isfinite(norm + stats[0])).float(), stats.new_full((), bool(run.stop.signals))
+    total = all_reduce(torch.cat([stats, bad[None], stop[None]]))
+    here = torch.cat([total, norm[None]]).cpu()                         # the wait
+    stats, (bad, stop, norm) = here[:-3], here[-3:].tolist()
+    run.halt = stop > 0
+    if run.scaler.is_enabled() or bad == 0: run.scaler.step(run.optimizer)
     run.scaler.update()
-    count_skip(run, bool(stats[-1] > 0))
-    if run.model_cfg.balance == 'bias' and stats[-1] == 0: move_biases(run, stats[3:-1])
+    count_skip(run, bad > 0)
+    if run.model_cfg.balance == 'bias' and bad == 0: move_biases(run, total[3:-2])
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    if stats[-1] == 0: note_spike(run, stats[0].item() / cfg.gradient_accumulation_steps)
-    return stats[:-1], norm.item()
+    if bad == 0: note_spike(run, stats[0].item() / cfg.gradient_accumulation_steps)
+    return stats, norm
 
 # %% ../nbs/12_train.ipynb #update-helpers
 def move_biases(run: Trainer, stats: Tensor):
@@ -583,14 +595,15 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
     Raises `BadInput` for settings that break a rule, and `RuntimeError` when the loss stays not finite.
     """
     check(model_cfg, train_cfg)
-    run = Trainer(model_cfg, train_cfg, launched_world(train_cfg.device))
-    with process_group(train_cfg.device, train_cfg.backend, train_cfg.hang_timeout) as world, together(run, world):
-        if world.device.type == 'cpu': keep_freed_memory()
-        if train_cfg.eval_only: yield evaluation(run); return           # it leaves the folder as it is
-        begin_files(run)
-        with StopRequest() as stop:
-            try: yield from records(run, stop)
-            finally: finish(run)
+    with deterministic(train_cfg.deterministic):
+        run = Trainer(model_cfg, train_cfg, launched_world(train_cfg.device))
+        with process_group(train_cfg.device, train_cfg.backend, train_cfg.hang_timeout) as world, together(run, world):
+            if world.device.type == 'cpu': keep_freed_memory()
+            if train_cfg.eval_only: yield evaluation(run); return       # it leaves the folder as it is
+            begin_files(run)
+            with run.stop:
+                try: yield from records(run)
+                finally: finish(run)
 
 def finish(run: Trainer):
     "Wait for the last checkpoint and the last lines; raises `RuntimeError` where the disk refused them."
@@ -604,13 +617,13 @@ def finish(run: Trainer):
                            'same command goes on from the newest checkpoint there')
 
 # %% ../nbs/12_train.ipynb #train-records
-def records(run: Trainer, stop: StopRequest) -> Iterator[Record]:
+def records(run: Trainer) -> Iterator[Record]:
     "The training loop: update, save, evaluate, log, each when it is due."
     if any_process(run, run.world.first and owes_line(run)): yield log(run)
     clock, since = time.perf_counter(), run.step
     while run.step < run.cfg.max_iters:
         stats, norm = update(run)
-        halt, logging = any_process(run, bool(stop.signals)), due(run, 'log')
+        halt, logging = run.halt, due(run, 'log')
         if halt or logging or due(run, 'checkpoint'):
             rate = (run.step - since) * run.tokens_per_step / (time.perf_counter() - clock)
             run.newest = make_record(run, stats, norm, rate)
