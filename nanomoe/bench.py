@@ -6,10 +6,10 @@
 __all__ = ['Bench', 'make_layer', 'has_transformers', 'mixtral_block', 'original', 'original_layer', 'make_pass', 'make_model',
            'mixtral_model', 'original_model', 'make_step', 'interleaved', 'neighbour_ratio', 'prepare_process',
            'machine', 'resident', 'measure_peak', 'peak_memory', 'report', 'layer', 'step', 'scale', 'make_writer',
-           'write', 'table', 'check_bench', 'heading', 'main']
+           'write', 'RandomShards', 'as_nanogpt', 'data', 'table', 'check_bench', 'heading', 'main']
 
 # %% ../nbs/14_bench.ipynb #imports
-import importlib.util, io, json, math, multiprocessing, platform, statistics, sys, time
+import importlib.util, io, json, math, multiprocessing, platform, statistics, sys, tempfile, time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from .config import PRESETS, BadInput, ModelConfig, TrainConfig, from_command_line, nearest, one_sentence
+from .data import TokenFile, training_batch
 from .experts import MLP, MoE
 from .model import GPT, moe_layers
-from .parallel import find_device
+from .parallel import Feed, find_device
 from .sample import generate
 from .train import keep_freed_memory, make_optimizer
 
@@ -39,6 +41,7 @@ class Bench:
     batch_size: int = 1  # rows of a step's micro-batch; nanoMoE's is 12, and slow on a CPU
     against: str | None = None  # folder of a clone of wolfecameron/nanoMoE, to time its layer and step too
     dtype: Literal['float32', 'bfloat16'] = 'float32'  # bfloat16 is by autocast
+    compile: bool = False  # torch.compile each layer or model
     device: str = 'auto'  # auto, cpu, cuda
     threads: int = 0  # CPU threads; 0 leaves torch's choice
     repeats: int = 7  # passes per case, interleaved
@@ -61,7 +64,9 @@ def make_layer(name: str, b: Bench) -> torch.nn.Module:
     else: layer = MLP(cfg, b.top_k * b.expert_width) if kind == 'twin' else MoE(cfg)
     if kind == 'routing': layer.experts.forward = lambda x, ends: x
     for p in layer.parameters(): torch.nn.init.normal_(p, std=0.02)
-    return layer.to(find_device(b.device))
+    layer.to(find_device(b.device))
+    if b.compile: layer.compile()
+    return layer
 
 # %% ../nbs/14_bench.ipynb #others
 def has_transformers() -> bool: return importlib.util.find_spec('transformers') is not None
@@ -149,6 +154,7 @@ def make_step(name: str, b: Bench) -> Callable[[], None]:
     "A function that does one whole training step of a case: forward, backward, clipping, AdamW."
     (model, cfg), device = make_model(name, b), find_device(b.device)
     model.to(device).train()
+    if b.compile: model.compile()
     settings = TrainConfig()                                            # AdamW for every case
     if isinstance(model, GPT): optimizer = make_optimizer(model, settings)
     else: optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -207,7 +213,7 @@ def resident(field: str) -> int:
 
 # %% ../nbs/14_bench.ipynb #peak-memory
 def measure_peak(name: str, b: Bench, make: Callable) -> int:
-    "In a fresh process: peak memory of one pass in bytes, above what was there before."
+    "Peak memory of one pass in bytes, above what was there before; on a CPU to be asked of a fresh process."
     device = find_device(b.device)
     prepare_process(b)
     run = make(name, b)
@@ -223,7 +229,8 @@ def measure_peak(name: str, b: Bench, make: Callable) -> int:
 def peak_memory(name: str, b: Bench, make: Callable = make_pass) -> float:
     "Bytes that one pass adds at its peak; not a number unless on CUDA or Linux's CPU."
     device = find_device(b.device).type
-    if device != 'cuda' and (device != 'cpu' or sys.platform != 'linux'): return math.nan
+    if device == 'cuda': return measure_peak(name, b, make)             # its allocator counts exactly
+    if device != 'cpu' or sys.platform != 'linux': return math.nan
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
         return fresh.submit(measure_peak, name, b, make).result()
 
@@ -284,6 +291,47 @@ def write(b: Bench) -> list[dict]:
     return [dict(case=kind, tok_per_s=b.batch_size / mean[kind] * 1e3, times_anew=mean['anew'] / mean[kind])
             | {f'ms at {n}': ms for n, ms in zip(positions, steps[kind])} for kind in kinds]
 
+# %% ../nbs/14_bench.ipynb #data
+class RandomShards(TokenFile):
+    "Random tokens in so many files, read as a dataset is."
+    def __init__(self, folder: Path, n_shards: int, n_tokens: int = 2**25):
+        self.folder, self.split, self.weights, self.vocab_size = folder, 'train', None, 50304
+        size, tokens = n_tokens // n_shards, np.random.default_rng(0).integers(50304, size=n_tokens, dtype=np.uint16)
+        self.shards = []
+        for i in range(n_shards):
+            tokens[i * size:(i + 1) * size].tofile(folder/f'{i}.bin')
+            self.shards.append(np.memmap(folder/f'{i}.bin', np.uint16, 'r'))
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.domains = {'random': [0, len(self)]}
+
+def as_nanogpt(path: Path, B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Random windows of one file, read the way of nanoGPT's `get_batch`."
+    tokens = np.memmap(path, np.uint16, 'r')
+    starts = torch.randint(len(tokens) - T, (B,)).tolist()
+    def rows(shift): return torch.stack([torch.from_numpy(tokens[s + shift:s + shift + T].astype(np.int64)) for s in starts])
+    return rows(0), rows(1)
+
+def data(b: Bench) -> list[dict]:
+    "Milliseconds and millions of tokens per second of batches alone, on the device, and times nanoGPT's way."
+    device, T = find_device(b.device), PRESETS[b.preset][0].block_size
+    B, turn = max(b.n_tokens // T, 1), {}
+    with tempfile.TemporaryDirectory() as folder:
+        def case(n_shards, thread):
+            tokens = RandomShards(Path(tempfile.mkdtemp(dir=folder)), n_shards)
+            def read(n): return training_batch(tokens, n * B, B, T, seed=0)
+            feed = Feed(read, device) if thread else None
+            def run():
+                n = turn[run] = turn.get(run, -1) + 1
+                return feed[n] if thread else [t.to(device) for t in read(n)]
+            return run
+        cases = {(n, kind): case(n, kind == 'with a thread') for n in (1, 103) for kind in ('alone', 'with a thread')}
+        path = next(Path(folder).glob('*/0.bin'))
+        cases[1, "nanoGPT's way"] = lambda: [t.to(device) for t in as_nanogpt(path, B, T)]
+        times = interleaved(cases, 20 * b.repeats)
+    ms = {name: 1e3 * statistics.median(times[name]) for name in cases}
+    return [dict(case=kind, shards=n, ms=ms[n, kind], million_tok_per_s=B * T / ms[n, kind] / 1e3,
+                 times_nanogpt=ms[1, "nanoGPT's way"] / ms[n, kind]) for n, kind in cases]
+
 # %% ../nbs/14_bench.ipynb #table
 def table(rows: list[dict]) -> str:
     "Rows as aligned text."
@@ -302,7 +350,7 @@ def check_bench(b: Bench, what: str):
         raise BadInput(f'top_k must be between 1 and n_experts={b.n_experts}, got {b.top_k}')
     if b.threads < 0: raise BadInput(f'threads must be at least 0, got {b.threads}')
     if b.preset not in PRESETS: raise BadInput(f'there is no preset {b.preset}{nearest(b.preset, PRESETS)}')
-    if what != 'write' and PRESETS[b.preset][0].n_experts == 1: raise BadInput(f'preset must have experts, got {b.preset}')
+    if what not in ('write', 'data') and PRESETS[b.preset][0].n_experts == 1: raise BadInput(f'preset must have experts, got {b.preset}')
     if b.against: original(b)
     if b.json and not Path(b.json).parent.is_dir():
         raise BadInput(f'json must be a file in a folder that exists, got {b.json}')
@@ -312,21 +360,22 @@ def heading(what: str, b: Bench) -> str:
     "What was timed."
     if what == 'step': return f'whole step of {b.preset}, {b.batch_size} rows'
     if what == 'write': return f'{b.preset} writes 512 tokens, {b.batch_size} rows'
+    if what == 'data': return f'batches of {b.n_tokens} tokens in rows of {PRESETS[b.preset][0].block_size}'
     sizes = f'C {b.n_embd}, F {b.expert_width}, K {b.top_k}'
     if what == 'scale': return f'thousands of tokens per second, forward + backward, {sizes}'
     return f'forward + backward, N {b.n_tokens}, E {b.n_experts}, {sizes}'
 
 def main(argv: list[str] | None = None):
-    "`python -m nanomoe.bench {layer,step,scale,write} [--dtype bfloat16] [--against CLONE] …`"
+    "`python -m nanomoe.bench {layer,step,scale,write,data} [--dtype bfloat16] [--against CLONE] …`"
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
         asks = argv[:1] in (['-h'], ['--help'])
-        if not asks and (not argv or argv[0] not in ('layer', 'step', 'scale', 'write')):
-            raise BadInput('say what to time: layer, step, scale or write')
-        b = from_command_line(Bench, Bench(), argv if asks else argv[1:], 'python -m nanomoe.bench {layer,step,scale,write}')
+        kinds = dict(layer=layer, step=step, scale=scale, write=write, data=data)
+        if not asks and (not argv or argv[0] not in kinds): raise BadInput('say what to time: layer, step, scale, write or data')
+        b = from_command_line(Bench, Bench(), argv if asks else argv[1:], f'python -m nanomoe.bench {{{",".join(kinds)}}}')
         check_bench(b, argv[0])
         prepare_process(b)
-        rows = {'layer': layer, 'step': step, 'scale': scale, 'write': write}[argv[0]](b)
+        rows = kinds[argv[0]](b)
     print(', '.join(f'{key} {value}' for key, value in machine(b).items()))
     print(f'{heading(argv[0], b)}; medians of {b.repeats}, interleaved', table(rows), sep='\n')
     if b.json:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['activate', 'n_inputs', 'MLP', 'by_slices', 'outer_by_slices', 'by_grouped_mm', 'outer_by_grouped_mm', 'missing',
-           'widened', 'grouped_product', 'grouped_outer', 'two_layers', 'Experts', 'TakeRows', 'WeighRows', 'dropless',
-           'queued', 'taken', 'MoE']
+           'widened', 'grouped_product', 'grouped_outer', 'AddBias', 'two_layers', 'Experts', 'TakeRows', 'WeighRows',
+           'dropless', 'queued', 'taken', 'MoE']
 
 # %% ../nbs/06_experts.ipynb #imports
 import math
@@ -59,7 +59,10 @@ def outer_by_slices(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return out
 
 def by_grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    "The same as `by_slices` in one kernel, of any width."
+    "The same as `by_slices` in one kernel, of any width; for a few rows, as in sampling, each with a copy of its matrix."
+    if len(x) <= len(w):
+        expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
+        return torch.bmm(x.unsqueeze(1), w.index_select(0, expert)).squeeze(1)
     inner, outer = missing(x, w.size(1)), missing(x, w.size(2))
     return F.grouped_mm(widened(x, 0, inner), widened(w, inner, outer), offs=ends)[:, :w.size(2)].contiguous()
 
@@ -105,6 +108,21 @@ grouped_product.register_autograd(_gradients, setup_context=lambda ctx, inputs, 
 def _(x_shape, other_shape, ends_shape, **kwargs) -> int: return 2 * math.prod(x_shape) * other_shape[-1]
 
 # %% ../nbs/06_experts.ipynb #two-layers
+class AddBias(torch.autograd.Function):
+    """y (M, F), sorted by expert, plus each row's bias of b (E, F).
+
+    The gradient of b sums thousands of rows per expert, by a grouped product: in bfloat16 a scatter of ones stops at 256.
+    """
+    @staticmethod
+    def forward(ctx, y: Tensor, b: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(ends)
+        return y + b.index_select(0, expert)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ends, = ctx.saved_tensors
+        return grad, grouped_outer(grad.new_ones(len(grad), 1), grad.contiguous(), ends).squeeze(1), None, None
+
 def two_layers(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, activation: str,
                ends: Tensor | None = None) -> Tensor:
     "All experts on queues (E, S, C); or each on its rows of x (M, C), sorted by expert, that end at `ends` (E,)."
@@ -113,8 +131,9 @@ def two_layers(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_ou
         rows = torch.arange(len(x), device=x.device, dtype=ends.dtype)
         expert = torch.searchsorted(ends, rows, right=True)
     def layer(x, w, b):
-        y = x @ w if ends is None else grouped_product(x, w, ends)
-        return y if b is None else y + (b if ends is None else b.squeeze(1).index_select(0, expert))
+        if ends is None: return x @ w if b is None else x @ w + b
+        y = grouped_product(x, w, ends)
+        return y if b is None else AddBias.apply(y, b.squeeze(1), expert, ends)
     return layer(activate(layer(x, w_in, b_in), activation), w_out, b_out)
 
 # %% ../nbs/06_experts.ipynb #experts
@@ -169,8 +188,9 @@ class WeighRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         y, gates, order, back = ctx.saved_tensors
+        wide = torch.promote_types(y.dtype, torch.float32)
         each = grad.index_select(0, order // gates.size(1))             # (N·K, C) what comes back to each result
-        to_gates = (y * each).sum(-1).index_select(0, back).view_as(gates)
+        to_gates = (y * each).sum(-1, dtype=wide).index_select(0, back).view_as(gates)
         weight = gates.flatten().index_select(0, order).unsqueeze(1)
         return each.mul_(weight.to(each.dtype)), to_gates.to(gates.dtype), None, None
 
@@ -202,7 +222,7 @@ def queued(experts: Experts, x: Tensor, r: Routing, cfg: ModelConfig, factor: fl
 def taken(experts: Experts, x: Tensor, r: Routing, size: int) -> Tensor:
     "Run each expert on the `size` tokens of x (N, C) that it took, and add the results up where they came from."
     mask = torch.zeros_like(r.kept).scatter(1, r.expert_ids, r.kept)                # (N, E)
-    tokens = mask.T.int().sort(descending=True, stable=True).indices[:, :size]      # (E, S), in order
+    tokens = mask.T.to(torch.uint8).sort(descending=True, stable=True).indices[:, :size]      # (E, S), in order
     gates = r.probs.T.gather(1, tokens).unsqueeze(-1)                   # (E, S, 1)
     y = experts(x.index_select(0, tokens.flatten()).view(*tokens.shape, -1))        # (E, S, C)
     return torch.zeros_like(x).index_add(0, tokens.flatten(), (y * gates.to(y.dtype)).flatten(0, 1))

@@ -41,8 +41,11 @@ def nano_moe_balance_loss(r: Routing) -> Tensor:
 # %% ../nbs/07_losses.ipynb #other-balance
 def sequence_balance_loss(r: Routing, n_rows: int) -> Tensor:
     "Mean over sequences of each one's `balance_loss` (DeepSeek-V3, 2412.19437 eq. 17-20): every row is to be even."
-    rows = zip(*(t.view(n_rows, -1, t.size(-1)) for t in r[:4]))
-    return torch.stack([balance_loss(Routing(*row)) for row in rows]).mean()
+    E = r.probs.size(1)
+    row = torch.arange(n_rows, device=r.probs.device).repeat_interleave(len(r.probs) // n_rows)     # (N,)
+    counts = expert_counts(r._replace(expert_ids=r.expert_ids + E * row.unsqueeze(1)), n_rows * E).view(n_rows, E)
+    share = counts / counts.sum(-1, keepdim=True)                       # (R, E)
+    return E * (r.probs.view(n_rows, -1, E).mean(1) * share).sum(-1).mean()
 
 @torch.no_grad()
 def update_bias(bias: Tensor, counts: Tensor, rate: float):

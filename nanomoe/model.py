@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Block', 'make_norm', 'moe_layers', 'GPTOutput', 'GPT', 'initialise', 'matrix_init', 'n_params', 'flops_per_token',
-           'HeadLoss', 'head_loss', 'token_losses']
+           'less_one_at', 'HeadLoss', 'head_loss', 'token_losses']
 
 # %% ../nbs/08_model.ipynb #imports
 import math
@@ -143,6 +143,11 @@ def flops_per_token(cfg: ModelConfig) -> int:
     return 6 * weights + 12 * cfg.n_layer * C * cfg.block_size
 
 # %% ../nbs/08_model.ipynb #cross-entropy
+def less_one_at(p: Tensor, y: Tensor) -> Tensor:
+    "p (n, V) less 1 in column y (n, 1) of each row; on CUDA without a scatter, so that a compiler can fuse it."
+    if p.is_cuda: return torch.where(torch.arange(p.size(1), device=p.device) == y, p - 1, p)
+    return p.scatter_add_(1, y, torch.full_like(p[:, :1], -1.0))
+
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T, chunk by chunk: never more than one (chunk, V) block of logits.
 
@@ -163,8 +168,7 @@ class HeadLoss(torch.autograd.Function):
             log_sum = logits.logsumexp(-1, keepdim=True)
             loss += ((log_sum - logits.gather(1, y)) * mask).sum()
             if not needs_grad: continue
-            dlogits = (logits.sub_(log_sum).exp_().scatter_add_(1, y, torch.full_like(log_sum, -1.0))
-                       .mul_(mask).to(x.dtype))
+            dlogits = less_one_at(logits.sub_(log_sum).exp_(), y).mul_(mask).to(x.dtype)
             dx[i:i + chunk] = dlogits @ weight
             dw += dlogits.T @ here
         ctx.save_for_backward(dx, dw, count)

@@ -29,10 +29,12 @@ def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
     try: device = torch.device(name)
     except RuntimeError:
         raise BadInput(f'device must be auto, cpu, cuda, cuda:N or mps, got {name}') from None
-    if device.type == 'cuda' and device.index is None:
+    if device.type == 'cuda':
         here, n = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
-        if here > n: raise BadInput(f'{here} processes on one machine need as many GPUs, and this one has {n}')
-        device = torch.device('cuda', local_rank)
+        if here > max(n, 1): raise BadInput(f'{here} processes on one machine need as many GPUs, and this one has {n}')
+        if here > 1 and device.index is not None:
+            raise BadInput(f'device must be cuda for {here} processes on one machine, each on a GPU of its own, got {name}')
+        if device.index is None: device = torch.device('cuda', local_rank)
     has = {'cpu': 1, 'cuda': torch.cuda.device_count(),
            'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
     if (device.index or 0) >= has:
@@ -69,6 +71,7 @@ def deterministic(on: bool):
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # a fixed place for its partial sums
     before = torch.are_deterministic_algorithms_enabled(), inductor.deterministic
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False         # nothing here reads what it has not written
     inductor.deterministic = True                                       # no stopwatch chooses among compiled kernels
     try: yield
     finally:
@@ -167,18 +170,21 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
         where = ':'.join(os.environ.get(name, '?') for name in ('MASTER_ADDR', 'MASTER_PORT'))
         raise BadInput(f'the processes cannot meet at {where} ({str(e).splitlines()[0]}); '
                        'torchrun --standalone finds a free port') from None
-    dist.init_process_group(usual if backend == 'auto' else backend, store=store, rank=world.rank,
-                            world_size=world.size, timeout=limit)
+    name = usual if backend == 'auto' else backend
+    dist.init_process_group(name, store=store, rank=world.rank, world_size=world.size, timeout=limit,
+                            device_id=world.device if name == 'nccl' else None)        # errors come now, not in mid-step
     if hang_timeout and world.size > 1:
         heart = Heartbeat(dist.PrefixStore('heartbeat', store), world.rank, world.size, hang_timeout)
-    refused = False
-    try: yield world._replace(beat=heart.beat) if heart else world
-    except BadInput:
-        refused = True                                                  # the group stays: without it the others would
-        raise                                                           # fail before this process has said why
-    finally:
+    failed = True
+    try:
+        yield world._replace(beat=heart.beat) if heart else world
+        failed = False
+    except GeneratorExit:                                               # the caller stopped early, which is no error
+        failed = False
+        raise
+    finally:                                    # after an error the group stays: to end it would wait for the others,
+        if not failed: dist.destroy_process_group()     # or fail them before this process has said what went wrong
         if heart: heart.stopped.set()
-        if not refused: dist.destroy_process_group()
 
 # %% ../nbs/11_parallel.ipynb #reduce
 def all_reduce(t: Tensor, op: str = 'sum') -> Tensor:
@@ -230,4 +236,4 @@ class Feed:
         batch = self.read(number)
         if self.device.type != 'cuda': return batch
         torch.cuda.set_device(self.device)                              # a new thread is on the first GPU
-        return tuple(t.pin_memory() for t in batch)
+        return tuple(t.contiguous().pin_memory() for t in batch)
