@@ -183,7 +183,7 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
         failed = False
         raise
     finally:                                    # after an error the group stays: to end it would wait for the others,
-        if not failed: dist.destroy_process_group()     # or fail them before this process has said what went wrong
+        if not failed or world.size == 1: dist.destroy_process_group()      # or fail them before this one has said why
         if heart: heart.stopped.set()
 
 # %% ../nbs/11_parallel.ipynb #reduce

@@ -698,15 +698,17 @@ def reached(row: dict, entry: dict) -> list[str]:
 # %% ../nbs/12_train.ipynb #command
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.train [PRESET | run.toml | config.json] --knob value …`, alone or under torchrun."
-    with one_sentence():
-        model_cfg, cfg = parse(sys.argv[1:] if argv is None else argv)
-        try: finished = watch(model_cfg, cfg)
-        except KeyboardInterrupt: finished = False                      # before the first step, or a third time
-        except Exception as e:
-            if isinstance(e, BadInput) or 'RANK' not in os.environ: raise
-            traceback.print_exc()
-            leave(1)                                                    # the group of processes is not waited for
-    leave(0 if finished else 130)
+    code = 1
+    try:
+        with one_sentence():
+            model_cfg, cfg = parse(sys.argv[1:] if argv is None else argv)
+            code = 0 if watch(model_cfg, cfg) else 130
+    except KeyboardInterrupt: code = 130                                # before the first step, or a third time
+    except SystemExit as e: code = e.code
+    except Exception:
+        if 'RANK' not in os.environ: raise
+        traceback.print_exc()
+    leave(code)
 
 # %% ../nbs/12_train.ipynb #command-watch
 def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
@@ -740,12 +742,12 @@ def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
                       config=to_dict(model_cfg, cfg), dir=resolve(cfg.out_dir))
 
 def leave(code: int):
-    "Exit with this code; under torchrun not waiting for gloo, whose threads sometimes abort a closing process."
+    "Exit with this code; under torchrun without waiting for the group: after an error its end would need the others."
     if 'RANK' not in os.environ: return sys.exit(code) if code else None
     gc.collect()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError): stream.flush()
-    os._exit(code)
+    os._exit(code or 0)
 
 if __name__ == '__main__' and '__file__' in globals(): main()
 
