@@ -1,11 +1,12 @@
-# `make train`, `make test`, `make lab`, `make clean`: each sets up what it needs, in .venv inside this folder.
+# `make train`, `make test`, `make lab`, `make cuda`, `make clean`: each sets up what it needs, in .venv inside this folder.
+# `make cuda` uses a python3 that has torch with CUDA as it is, and .venv elsewhere.
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = out/onboard
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test lab clean
+.PHONY: train test lab cuda clean
 
 train: .venv/installed
 	@echo '== exporting the notebooks to nanomoe/'
@@ -27,6 +28,10 @@ test: .venv/installed
 lab: .venv/installed
 	@$(BIN)/nbdev_export
 	@$(BIN)/jupyter lab nbs/index.ipynb
+
+cuda:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then $(PYTHON) tools/cuda.py $(ARGS); \
+	else $(MAKE) --no-print-directory .venv/installed && $(BIN)/python tools/cuda.py $(ARGS); fi
 
 clean:
 	rm -rf .venv data out build nanomoe.egg-info
