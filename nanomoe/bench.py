@@ -9,7 +9,7 @@ __all__ = ['Bench', 'make_layer', 'has_transformers', 'mixtral_block', 'original
            'write', 'RandomShards', 'as_nanogpt', 'data', 'table', 'check_bench', 'heading', 'main']
 
 # %% ../nbs/14_bench.ipynb #imports
-import importlib.util, io, itertools, json, math, multiprocessing, platform, statistics, sys, tempfile, time
+import importlib.util, io, json, math, multiprocessing, platform, statistics, sys, tempfile, time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -277,9 +277,10 @@ def make_writer(name: str, model: torch.nn.Module, b: Bench) -> Callable[[], lis
     "A function that writes one more token after so many: `cache 256` reads the newest, `anew 256` all of them."
     kind, n = name.split()
     idx = torch.zeros(b.batch_size, int(n), dtype=torch.long, device=find_device(b.device))
-    steps = generate(model, idx, b.repeats + 2, top_k=200, use_cache=kind == 'cache')
+    steps = generate(model, idx, b.repeats + 6, top_k=200, use_cache=kind == 'cache', compile=b.compile and kind == 'cache')
     def one():
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=b.dtype == 'bfloat16'): return next(steps).ids.tolist()
+    for _ in range(4 * b.compile): one()                                # compile, and record a CUDA graph
     return one
 
 def write(b: Bench) -> list[dict]:
@@ -316,7 +317,7 @@ def as_nanogpt(path: Path, B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
 def data(b: Bench) -> list[dict]:
     "Milliseconds and millions of tokens per second of batches alone, and times nanoGPT's way."
     T = PRESETS[b.preset][0].block_size
-    B, numbers = max(b.n_tokens // T, 1), itertools.count()
+    B, numbers = max(b.n_tokens // T, 1), iter(range(10**9))
     with tempfile.TemporaryDirectory() as folder:
         shards = {f'{n} files': RandomShards(Path(tempfile.mkdtemp(dir=folder)), n) for n in (1, 103)}
         path = shards['1 files'].folder/'0.bin'

@@ -86,12 +86,12 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor, cache: list[KVCache] | None = None) -> tuple[Tensor, tuple[Routing, ...]]:
         "The last hidden states (B, T, C), which the head reads, and every MoE layer's routing."
-        start = cache[0].length if cache else 0
-        stop = start + idx.size(1)
-        if stop > self.cfg.block_size:
-            raise ValueError(f'at most block_size={self.cfg.block_size} positions fit, got {stop}')
+        start, T = cache[0].length if cache else 0, idx.size(1)
+        if isinstance(start, int) and start + T > self.cfg.block_size:
+            raise ValueError(f'at most block_size={self.cfg.block_size} positions fit, got {start + T}')
         x = self.wte(idx)                                               # (B, T, C)
-        if self.wpe is not None: x = x + self.wpe.weight[start:stop]
+        if self.wpe is not None:
+            x = x + (self.wpe(start + torch.arange(T, device=x.device)) if cache else self.wpe.weight[:T])
         x = F.dropout(x, self.cfg.dropout, self.training)
         routings = []
         for i, block in enumerate(self.h):

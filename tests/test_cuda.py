@@ -462,6 +462,22 @@ def test_the_cache_writes_what_rereading_writes(device, preset):
     assert (logits.amax(-1) - chosen).max() < 1e-4                      # the CPU's best, but for ties
 
 
+@pytest.mark.skipif(not COMPILER, reason='torch.compile needs a C++ compiler')
+@pytest.mark.parametrize('preset', ['nano_moe', 'modern'])
+def test_compiled_sampling_writes_the_same(device, preset):
+    "One graph for every step of one token, without a break; past the block the window is read anew, eagerly."
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = GPT(small(preset, eval_capacity_factor=None)).to(device).eval()
+    start = torch.randint(257, (2, 5), device=device)
+    texts = [[*generate(model, start, 32, temperature=0, compile=compiled)] for compiled in (False, True)]
+    for a, b in zip(*texts, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        for r, s in zip(a.routings, b.routings, strict=True): assert torch.equal(r.expert_ids, s.expert_ids)
+    assert dict(counters['graph_break']) == {} and counters['stats']['unique_graphs'] == 1
+
+
 def test_orthogonalised_matrices_are(device):
     m = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0)).to(device)
     made = train.orthogonalised(m)
