@@ -1,5 +1,5 @@
-# `make train`, `make test`, `make lab`, `make cuda`, `make clean`: each sets up what it needs, in .venv inside this folder.
-# `make cuda` uses a python3 that has torch with CUDA as it is, and .venv elsewhere.
+# `make train`, `make test`, `make lab`, `make cuda`, `make clean`: each sets up what it needs, in .venv inside this folder;
+# `make cuda` uses python3 if its torch supports CUDA, otherwise .venv.
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = out/onboard

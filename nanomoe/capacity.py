@@ -57,10 +57,10 @@ def arrivals(expert_ids: Tensor, priority: str, gates: Tensor | None) -> Tensor:
 
 # %% ../nbs/05_capacity.ipynb #dispatch
 class PlaceRows(torch.autograd.Function):
-    """Row source[i] of x (n, C) as row i, zeros where `source` (m,) is n.
+    """Rows x[source] (m, C) of x (n, C), zeros where `source` (m,) is n.
 
-    `places` (n, k) says where the k copies of each row of x went, m for one that was dropped. So the gradient is a
-    gather too: no scatter, where thousands of empty slots would add into one row.
+    `places` (n, k) is the inverse index: the k output rows of each input row, m if dropped. Backward is a gather: a
+    scatter-add would send every empty slot to one row.
     """
     @staticmethod
     def forward(ctx, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ class PlaceRows(torch.autograd.Function):
         return grad.view(*places.shape, -1).sum(1), None, None
 
 def held(slots: Slots, n_slots: int) -> Tensor:
-    "Number n·K + k of the choice that each slot holds, (E·S,); N·K where a slot is empty."
+    "Assignment n·K + k in each slot, (E·S,); N·K if empty."
     rows = slots.rows.flatten()
-    choices = torch.full((n_slots + 1,), len(rows), device=rows.device)         # the last one is for the dropped
+    choices = torch.full((n_slots + 1,), len(rows), device=rows.device)         # last entry: dropped assignments
     choices[rows] = torch.arange(len(rows), device=rows.device)
     return choices[:-1]
 

@@ -84,7 +84,7 @@ class TrainConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; auto is bfloat16 if supported
     backend: str = 'auto'  # of torch.distributed; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere
-    deterministic: bool = False  # equal bits on every run on CUDA too, by slower algorithms; a CPU needs nothing for it
+    deterministic: bool = False  # bitwise-reproducible runs on CUDA, with slower algorithms; no effect needed on a CPU
     hang_timeout: int = 600  # seconds without progress after which processes end; 0 waits for ever
     seed: int = 1337  # of weights, batches, dropout and noise
     tracker: Literal['none', 'wandb'] = 'none'  # where records go besides log.jsonl

@@ -59,7 +59,7 @@ def outer_by_slices(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return out
 
 def by_grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    "The same as `by_slices` in one kernel, of any width; for a few rows, as in sampling, each with a copy of its matrix."
+    "`by_slices` in one kernel, any width; `bmm` with gathered weights if M ≤ E, as in decoding."
     if len(x) <= len(w):
         expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
         return torch.bmm(x.unsqueeze(1), w.index_select(0, expert)).squeeze(1)
@@ -109,9 +109,9 @@ def _(x_shape, other_shape, ends_shape, **kwargs) -> int: return 2 * math.prod(x
 
 # %% ../nbs/06_experts.ipynb #two-layers
 class AddBias(torch.autograd.Function):
-    """y (M, F), sorted by expert, plus each row's bias of b (E, F).
+    """y (M, F), sorted by expert, plus its expert's row of b (E, F).
 
-    The gradient of b sums thousands of rows per expert, by a grouped product: in bfloat16 a scatter of ones stops at 256.
+    The gradient of b is a grouped product; a bfloat16 scatter-add saturates (256 + 1 = 256).
     """
     @staticmethod
     def forward(ctx, y: Tensor, b: Tensor, expert: Tensor, ends: Tensor) -> Tensor:

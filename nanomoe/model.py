@@ -144,7 +144,7 @@ def flops_per_token(cfg: ModelConfig) -> int:
 
 # %% ../nbs/08_model.ipynb #cross-entropy
 def less_one_at(p: Tensor, y: Tensor) -> Tensor:
-    "p (n, V) less 1 in column y (n, 1) of each row; on CUDA without a scatter, so that a compiler can fuse it."
+    "p (n, V) minus one-hot y (n, 1), in place on a CPU; on CUDA without a scatter, so it can be fused."
     if p.is_cuda: return torch.where(torch.arange(p.size(1), device=p.device) == y, p - 1, p)
     return p.scatter_add_(1, y, torch.full_like(p[:, :1], -1.0))
 
@@ -184,7 +184,7 @@ class HeadLoss(torch.autograd.Function):
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """Mean cross-entropy in nats of hidden states (N, C) under a tied head (V, C), in the dtype of autocast.
 
-    `chunk` rows at a time; None is 1024, and 4096 on CUDA, where each chunk costs a pass over the gradient of the head.
+    `chunk`: rows of logits at a time; default 1024, on CUDA 4096 (each chunk rereads the head's gradient).
     """
     device, chunk = x.device.type, chunk or (4096 if x.is_cuda else 1024)
     if torch.is_autocast_enabled(device):

@@ -33,7 +33,7 @@ def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
         here, n = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
         if here > max(n, 1): raise BadInput(f'{here} processes on one machine need as many GPUs, and this one has {n}')
         if here > 1 and device.index is not None:
-            raise BadInput(f'device must be cuda for {here} processes on one machine, each on a GPU of its own, got {name}')
+            raise BadInput(f'device must be cuda without an index for {here} processes on one machine, got {name}')
         if device.index is None: device = torch.device('cuda', local_rank)
     has = {'cpu': 1, 'cuda': torch.cuda.device_count(),
            'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
@@ -60,19 +60,19 @@ def cpu_has_bfloat16() -> bool:
 # %% ../nbs/11_parallel.ipynb #deterministic
 @contextmanager
 def deterministic(on: bool):
-    """Within the block, equal inputs give equal bits on CUDA too; without `on`, nothing changes.
+    """Bitwise-reproducible CUDA results inside the block if `on`; no effect otherwise.
 
-    To be entered before the process first multiplies on a GPU: cuBLAS reads its part of the settings only once.
+    Enter it before the first matrix product on CUDA: cuBLAS reads CUBLAS_WORKSPACE_CONFIG once, which stays set.
     """
     if not on:
         yield
         return
     import torch._inductor.config as inductor
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # a fixed place for its partial sums
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # fixed cuBLAS workspace
     before = torch.are_deterministic_algorithms_enabled(), inductor.deterministic
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False         # nothing here reads what it has not written
-    inductor.deterministic = True                                       # no stopwatch chooses among compiled kernels
+    torch.utils.deterministic.fill_uninitialized_memory = False         # no code here reads uninitialised memory
+    inductor.deterministic = True                                       # no timing-based autotuning
     try: yield
     finally:
         torch.use_deterministic_algorithms(before[0])
@@ -172,7 +172,7 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
                        'torchrun --standalone finds a free port') from None
     name = usual if backend == 'auto' else backend
     dist.init_process_group(name, store=store, rank=world.rank, world_size=world.size, timeout=limit,
-                            device_id=world.device if name == 'nccl' else None)        # errors come now, not in mid-step
+                            device_id=world.device if name == 'nccl' else None)        # NCCL initialises, and fails, here
     if hang_timeout and world.size > 1:
         heart = Heartbeat(dist.PrefixStore('heartbeat', store), world.rank, world.size, hang_timeout)
     failed = True
@@ -182,8 +182,8 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
     except GeneratorExit:                                               # the caller stopped early, which is no error
         failed = False
         raise
-    finally:                                    # after an error the group stays: to end it would wait for the others,
-        if not failed or world.size == 1: dist.destroy_process_group()      # or fail them before this one has said why
+    finally:                                    # after an error keep the group: destroying it blocks, or fails other
+        if not failed or world.size == 1: dist.destroy_process_group()      # ranks before this error is printed
         if heart: heart.stopped.set()
 
 # %% ../nbs/11_parallel.ipynb #reduce
@@ -215,10 +215,10 @@ def my_micro_batches(total: int, world: World) -> range:
 
 # %% ../nbs/11_parallel.ipynb #feed
 class Feed:
-    """Batches by number, on the device: `feed[n]` is `read(n)`, and a thread already reads the ones that follow.
+    """Prefetching loader: `feed[n]` returns `read(n)` on `device` while a thread reads the next `ahead` batches.
 
-    Process r of P reads every P-th batch, its `stride`; `stop` is one past the last number, where there is a last.
-    Asking out of order costs waiting and nothing else. What `read` raises is raised by the batch that asked for it.
+    The batches of one process are `stride` (the world size) apart; numbers from `stop` on are not prefetched.
+    Out-of-order requests block but are correct. An exception in `read` is raised by its own `feed[n]`.
     """
     def __init__(self, read: Callable[[int], tuple[Tensor, ...]], device: torch.device, stride: int = 1,
                  stop: int | None = None, ahead: int = 2):
@@ -232,8 +232,8 @@ class Feed:
         return tuple(t.to(self.device, non_blocking=True) for t in self.coming.pop(number).result())
 
     def fetch(self, number: int) -> tuple[Tensor, ...]:
-        "What the thread does."
+        "Batch `number`, pinned if the device is CUDA."
         batch = self.read(number)
         if self.device.type != 'cuda': return batch
-        torch.cuda.set_device(self.device)                              # a new thread is on the first GPU
+        torch.cuda.set_device(self.device)                              # the current device is per thread
         return tuple(t.contiguous().pin_memory() for t in batch)

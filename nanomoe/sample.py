@@ -142,7 +142,7 @@ class Sampling:
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
     seed: int = 1337  # of the draws
     device: str = 'auto'  # auto, cpu, cuda, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; auto is bfloat16 on a GPU
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # compute dtype; auto is bfloat16 on CUDA if supported, else float32
 
 # %% ../nbs/13_sample.ipynb #check-sampling
 def check_sampling(s: Sampling):

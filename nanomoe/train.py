@@ -53,7 +53,7 @@ def orthogonalised(m: Tensor, steps: int = 5) -> Tensor:
     """About U Vᵀ for each matrix m = U S Vᵀ of (…, rows, columns): the same directions, all singular values near 1.
 
     Newton–Schulz with the quintic of Muon (Jordan et al. 2024; 2502.16982 §2.1) leaves them between about 0.7 and 1.2.
-    On CUDA in bfloat16, which they tolerate and which is ten times as fast there.
+    Computed in bfloat16 on CUDA.
     """
     x = (m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)).reshape(-1, *m.shape[-2:])
     if m.is_cuda: x = x.bfloat16()
@@ -68,8 +68,8 @@ def orthogonalised(m: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.AdamW):
     """AdamW, but in groups marked `matrix` each matrix, one per expert, moves along its orthogonalised momentum.
 
-    Scaled to the usual size of AdamW's step, so that one learning rate serves both (2502.16982 eq. 4). Matrices of one
-    shape go through one batch of products; every process orthogonalises its share, and all add up what they made.
+    Scaled to the usual size of AdamW's step, so that one learning rate serves both (2502.16982 eq. 4). Matrices of equal
+    shape are batched; each process orthogonalises its share, and an all-reduce combines them.
     """
     @torch.no_grad()
     def step(self, closure=None):
@@ -89,7 +89,7 @@ class Muon(torch.optim.AdamW):
                 p.add_(d.view_as(p), alpha=-group['lr'] * 0.2 * max(shape) ** 0.5)
 
     def ahead(self, p: Tensor, grad: Tensor) -> Tensor:
-        "The gradient plus Nesterov's look at the momentum, which takes it in."
+        "Update the momentum with `grad`; return the Nesterov gradient, shaped like p."
         state = self.state[p]
         if not state: state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p))
         state['step'] += 1
@@ -237,7 +237,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         name = torch.cuda.get_device_name(device)
         for known, peak in _peaks.items():
             if re.search(rf'\b{known}\b(?!.*(MIG|Laptop| D\b))', name): return peak
-    n = 8192 if device.type == 'cuda' else 1024                         # on a GPU less is over before it is timed
+    n = 8192 if device.type == 'cuda' else 1024                         # on a GPU, smaller ones time the launch
     a = torch.randn(n, n, device=device).to(dtype)
     best, begun = math.inf, time.perf_counter()
     while best == math.inf or time.perf_counter() - begun < 0.1:
@@ -357,8 +357,8 @@ def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
 def update(run: Trainer) -> tuple[Tensor, float]:
     """One optimiser step over all processes, skipped by all if anything is not finite.
 
-    Returns the step's statistics, summed over micro-batches, and the gradient norm before clipping. Notes in
-    `run.halt` whether any process was asked to stop. Waits for the device once.
+    Returns the step's statistics, summed over micro-batches, and the gradient norm before clipping. Sets
+    `run.halt` if any process received a stop signal. One host synchronisation.
     """
     cfg, first = run.cfg, run.step * run.cfg.gradient_accumulation_steps
     for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, cfg)
@@ -368,11 +368,11 @@ def update(run: Trainer) -> tuple[Tensor, float]:
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
     bad, stop = (~torch.isfinite(norm + stats[0])).float(), stats.new_full((), bool(run.stop.signals))
     total = all_reduce(torch.cat([stats, bad[None], stop[None]]))
-    here = torch.cat([total, norm[None]]).cpu()                         # the wait
+    here = torch.cat([total, norm[None]]).cpu()                         # the only host sync
     stats, (bad, stop, norm) = here[:-3], here[-3:].tolist()
     run.halt = stop > 0
     if bad == 0: run.scaler.step(run.optimizer)
-    run.scaler.update()                                                 # float16: halves its scale after an overflow
+    run.scaler.update()                                                 # float16: halve the loss scale on overflow
     count_skip(run, bad > 0)
     if run.model_cfg.balance == 'bias' and bad == 0: move_biases(run, total[3:-2])
     run.optimizer.zero_grad(set_to_none=True)
@@ -742,7 +742,7 @@ def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
                       config=to_dict(model_cfg, cfg), dir=resolve(cfg.out_dir))
 
 def leave(code: int):
-    "Exit with this code; under torchrun without waiting for the group: after an error its end would need the others."
+    "Exit with `code`. Under torchrun, skip the process group's teardown, which could block on other ranks after an error."
     if 'RANK' not in os.environ: return sys.exit(code) if code else None
     gc.collect()
     for stream in (sys.stdout, sys.stderr):

@@ -98,7 +98,7 @@ BAD = {
     'cold below zero': (sample, 'out/x --temperature=-1',
                         'temperature must be a finite number of at least 0, got -1.0'),
     'an empty stop': (sample, 'out/x --stop=', 'stop must be texts that are not empty, got an empty one'),
-    'nothing to time': (bench, 'steps', 'say what to time: layer, step, scale or write'),
+    'nothing to time': (bench, 'steps', 'usage: bench {{layer,step,scale,write,data}}'),
     'nothing to draw': (viz, 'experts', 'say what to show'),
     'nothing to watch': (viz, 'watch out/nowhere', 'is no folder; name the folder of a run'),
     'nothing to report': (viz, 'report out/nowhere', 'log.jsonl does not exist; name the folder of a run'),

@@ -1,4 +1,4 @@
-"""What a GPU must get right, tried on a CPU by `make test` and on the GPU too where there is one: pytest tests/test_cuda.py.
+"""GPU correctness tests; run on the CPU and, if available, on CUDA.
 
 Results are compared with references that use neither the layer's sort nor its kernels, in float64 on the CPU.
 """
@@ -70,7 +70,7 @@ def numbers(tmp_path_factory) -> Path:
 
 @contextmanager
 def without_waits(device: torch.device):
-    "An error where the host asks for a value from the device: on a CPU all tensors pretend to have none yet."
+    "Raise on any host-device synchronisation; on a CPU, by fake tensors."
     if device.type == 'cpu':
         with FakeTensorMode(allow_non_fake_inputs=True): yield
         return
@@ -80,7 +80,7 @@ def without_waits(device: torch.device):
 
 
 def made(way: str, device: torch.device) -> tuple[MoE, torch.Tensor, torch.Tensor]:
-    "A layer with weights of N(0, 0.3²), tokens (2, T, C) and their ids; freed memory holds NaN, so that reading it shows."
+    "A layer with weights of N(0, 0.3²), tokens (2, T, C) and their ids; freed memory is filled with NaN to expose uninitialised reads."
     cfg, T = WAYS[way]
     torch.manual_seed(0)
     layer = MoE(cfg)
@@ -95,7 +95,7 @@ def made(way: str, device: torch.device) -> tuple[MoE, torch.Tensor, torch.Tenso
 
 
 def expert_of(w: dict, e: int, x: torch.Tensor, activation: str, prefix: str = 'experts.') -> torch.Tensor:
-    "What expert e makes of a row (C,), from its weights alone."
+    "Output (C,) of expert e for a row x (C,)."
     hidden = x @ w[prefix + 'c_fc'][e] + (w[prefix + 'fc_bias'][e, 0] if prefix + 'fc_bias' in w else 0)
     if activation == 'swiglu': hidden = F.silu(hidden[:len(hidden) // 2]) * hidden[len(hidden) // 2:]
     else: hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
@@ -103,7 +103,7 @@ def expert_of(w: dict, e: int, x: torch.Tensor, activation: str, prefix: str = '
 
 
 def kept_of(cfg: ModelConfig, r: Routing, T: int) -> torch.Tensor:
-    "Who gets a slot, choice by choice in order of arrival, (N, K)."
+    "Mask (N, K) of assignments within capacity, in priority order."
     N, K = r.expert_ids.shape
     shared = T if cfg.capacity_over == 'sequence' else N
     capacity = expert_capacity(shared, cfg.n_experts, K, cfg.capacity_factor, cfg.min_capacity)
@@ -190,7 +190,7 @@ def test_a_wait_is_noticed(device):
 
 
 def small(preset: str, **changes) -> ModelConfig:
-    "The preset's parts in small."
+    "A tiny version of the preset."
     cfg = PRESETS[preset][0]
     experts = dict(n_kv_head=1, n_experts=8, top_k=2, expert_width=24) if preset == 'modern' else {}
     return replace(cfg, **dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257) | experts | changes)
@@ -198,7 +198,7 @@ def small(preset: str, **changes) -> ModelConfig:
 
 @pytest.mark.parametrize('preset', ['nano_moe', 'modern'])
 def test_no_tensor_is_made_on_another_device(preset, monkeypatch):
-    "On `meta`, where nothing is computed, a tensor from elsewhere is an error, as it is on a GPU."
+    "On `meta`, tensors on another device raise, as on a GPU."
     monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(torch, 'is_autocast_enabled', lambda *args: False)
     with torch.device('meta'): model = GPT(small(preset))
@@ -212,7 +212,7 @@ def test_no_tensor_is_made_on_another_device(preset, monkeypatch):
 
 @pytest.mark.parametrize('preset', ['nano_moe', 'modern', 'gpt2'])
 def test_a_model_is_the_same_on_every_device(device, preset):
-    "Loss and every gradient against the CPU's, there against logits that are kept and torch's own cross-entropy."
+    "Loss and every gradient against the CPU's, computed from full logits with torch's cross-entropy."
     torch.manual_seed(0)
     model = GPT(small(preset, bias=preset == 'gpt2'))
     x = torch.randint(257, (4, 32))
@@ -295,7 +295,7 @@ COMPILER = shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')
 @pytest.mark.skipif(not COMPILER, reason='torch.compile needs a C++ compiler')
 @pytest.mark.parametrize('preset', ['nano_moe', 'modern'])
 def test_a_compiled_run_is_the_eager_one(device, preset, numbers, tmp_path):
-    "One graph for model, head and losses, one for the statistics, no break in either, no second compilation."
+    "Two graphs (model with losses; statistics), no graph breaks, no recompilation."
     torch._dynamo.reset()
     counters.clear()
     cfg, run = small(preset), settings(tmp_path/'eager', numbers, device, max_iters=4)
@@ -358,7 +358,7 @@ def test_a_compiled_step_of_two_processes_is_the_eager_one(device, tmp_path):
     assert first['breaks'] == second['breaks'] == {}
 
 
-@pytest.mark.parametrize('deterministic', [False, True], ids=['as it comes', 'deterministic'])
+@pytest.mark.parametrize('deterministic', [False, True], ids=['default', 'deterministic'])
 def test_a_resumed_run_is_the_whole_one(device, deterministic, numbers, tmp_path):
     "Bit for bit: on a CPU always, on a GPU with deterministic algorithms; without them to rounding."
     cfg = small('nano_moe', dropout=0.1)
@@ -397,7 +397,7 @@ def test_float16_is_scaled_and_an_overflow_is_skipped(device, numbers, tmp_path,
 
 
 def test_an_update_waits_for_the_device_once(device, numbers, tmp_path, monkeypatch):
-    "However many micro-batches it has: values cross over in one copy, and nothing else asks for one."
+    "One device-to-host copy per step, for any number of micro-batches."
     if device.type == 'cuda' and torch.cuda.get_device_capability()[0] not in (9, 10): pytest.skip('torch loops over experts here')
     cfg = small('nano_moe', balance='bias', gates='all')
     trainer = train.Trainer(cfg, settings(tmp_path, numbers, device, gradient_accumulation_steps=5,
@@ -411,7 +411,7 @@ def test_an_update_waits_for_the_device_once(device, numbers, tmp_path, monkeypa
         try: return real(self)
         finally: torch.cuda.set_sync_debug_mode('error')
     monkeypatch.setattr(torch.Tensor, 'cpu', cpu)
-    def refuse(self, *args): raise AssertionError('a value was asked for')
+    def refuse(self, *args): raise AssertionError('unexpected host synchronisation')
     if device.type == 'cuda': torch.cuda.set_sync_debug_mode('error')
     else:
         for name in ('item', '__bool__', '__int__', '__float__', 'numpy'):

@@ -1,4 +1,4 @@
-"""The program for half an hour with a GPU, tried on a CPU down to its last line."""
+"""Tests tools/cuda.py on a CPU (`--dry`)."""
 import json
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_every_section_runs(tmp_path):
 
 
 def test_a_failure_costs_one_section(tmp_path):
-    "What failed says why; the section after it runs, and results of before are kept."
+    "A failed section reports its error; later sections run, earlier results are kept."
     (tmp_path/'dry-cpu.json').write_text(json.dumps({'sections': {'step': {'result': 'passed'}}}))
     done = cuda('--dry', '--out', tmp_path, '--only=layer,memory', '--against=nowhere')
     found = json.loads((tmp_path/'dry-cpu.json').read_text())['sections']

@@ -1,8 +1,8 @@
-"""Everything that half an hour with a GPU can show, in one program.
+"""GPU tests and benchmarks.
 
-    make cuda                                  # all sections, at most 25 minutes on one H100
+    make cuda                                  # all sections; about 25 minutes on an H100 (estimated)
     python tools/cuda.py --only layer,step     # some of them; the others' earlier results are kept
-    python tools/cuda.py --dry                 # tiny sizes on a CPU: does every section still run?
+    python tools/cuda.py --dry                 # smoke test: tiny sizes on a CPU
 
 Each section runs in a process of its own with a time limit, so that a failure costs one section. The results go to
 assets/bench/cuda/DATE-CARD.json (out/cuda with --dry), with the card, driver, versions, commit and command.
@@ -33,11 +33,11 @@ PYTHON = [sys.executable]
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument('--only', default=','.join(SECTIONS), help='sections, with commas between')
+    arguments.add_argument('--only', default=','.join(SECTIONS), help='comma-separated sections')
     arguments.add_argument('--dry', action='store_true', help='tiny sizes on a CPU')
     arguments.add_argument('--out', type=Path, help='folder for the results')
-    arguments.add_argument('--wheels', type=Path, help='folder of wheels for packages that this machine lacks')
-    arguments.add_argument('--against', help="folder of a clone of wolfecameron/nanoMoE, to time its layer too")
+    arguments.add_argument('--wheels', type=Path, help='folder with wheels of missing packages')
+    arguments.add_argument('--against', help='nanoMoE clone whose layer is timed too')
     arguments.add_argument('--section', help=argparse.SUPPRESS)         # what a section's own process is told
     given = arguments.parse_args()
     if given.section: return run_section(given)
@@ -65,7 +65,7 @@ def main():
 
 
 def in_a_process(name: str, given, folder: Path, extra: str) -> dict:
-    "Run a section; what it found, or how it failed."
+    "Run a section in a subprocess; return its results or its error."
     start, out = time.monotonic(), folder/f'.{name}.json'
     words = [*PYTHON, __file__, '--section', name, '--out', folder, *['--dry'] * given.dry]
     if given.against: words += ['--against', given.against]
@@ -75,13 +75,13 @@ def in_a_process(name: str, given, folder: Path, extra: str) -> dict:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
                                    env=os.environ | {'PYTHONPATH': os.pathsep.join(paths)})
         try: result = 'passed' if process.wait(60 * SECTIONS[name][0]) == 0 and out.exists() else 'failed'
-        except subprocess.TimeoutExpired: result = 'late'
+        except subprocess.TimeoutExpired: result = 'timed out'
         finally:
             try: os.killpg(process.pid, 9)                              # and what it has started
             except ProcessLookupError: pass
         log.seek(0)
         said = log.read().strip().splitlines()
-    found = json.loads(out.read_text()) if result == 'passed' else dict(headline=(said or ['it said nothing'])[-1][:160], log=said[-40:])
+    found = json.loads(out.read_text()) if result == 'passed' else dict(headline=(said or ['no output'])[-1][:160], log=said[-40:])
     out.unlink(missing_ok=True)
     return dict(result=result, seconds=round(time.monotonic() - start, 1), command=f'python tools/cuda.py --only {name}') | found
 
@@ -95,14 +95,14 @@ def run_section(given):
 
 
 def without_nan(value):
-    "The same with None for every NaN, which is no JSON."
+    "`value` with NaN replaced by None, as JSON has no NaN."
     if isinstance(value, dict): return {key: without_nan(v) for key, v in value.items()}
     if isinstance(value, list): return [without_nan(v) for v in value]
     return None if value != value else value
 
 
 def machine(dry: bool) -> dict:
-    "What the figures depend on."
+    "Hardware, versions, commit and command recorded with the results."
     import torch
     card = torch.cuda.get_device_name() if torch.cuda.is_available() and not dry else ''
     def said(*words):
@@ -115,7 +115,7 @@ def machine(dry: bool) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    "Rows as aligned text; a row that lacks a column has a dash there."
+    "Rows as aligned text; missing values as –."
     columns = list(dict.fromkeys(key for row in rows for key in row))
     def text(value): return '–' if value is None else f'{value:,.4g}' if isinstance(value, float) else str(value)
     cells = [columns] + [[text(row.get(key)) for key in columns] for row in rows]
@@ -145,14 +145,14 @@ def wait(dry: bool):
 
 
 def milliseconds(cases: dict[str, Callable], repeats: int) -> dict[str, float]:
-    "Median of each case, taking turns after two rounds of warm-up."
+    "Median time per case in ms, interleaved, after warm-up."
     from nanomoe.bench import interleaved
     interleaved(cases, 1)
     return {name: 1e3 * statistics.median(times) for name, times in interleaved(cases, repeats).items()}
 
 
 def shrunk(cfg, dry: bool, **changes):
-    "The configuration with a vocabulary, and for --dry in small."
+    "`cfg` with a vocabulary size; tiny if `dry`."
     cfg = replace(cfg, vocab_size=cfg.vocab_size or 50304, **changes)
     if not dry: return cfg
     narrow = dict(expert_width=24, n_kv_head=1) if cfg.n_kv_head else {}
@@ -161,7 +161,7 @@ def shrunk(cfg, dry: bool, **changes):
 
 
 def training(dry: bool, name: str, **changes):
-    "Settings of a run on the text of this machine."
+    "`TrainConfig` for the text prepared by `data`."
     from nanomoe.config import TrainConfig
     usual = dict(out_dir=str(HERE/name), dataset=str(HERE/'data'), device=device(dry).type, dtype='bfloat16', min_lr=0.0,
                  eval_iters=4 if dry else 50, checkpoint_interval=10**9, log_interval=10)
@@ -170,7 +170,7 @@ def training(dry: bool, name: str, **changes):
 
 
 def command(*words, **environment) -> str:
-    "What a command says; raises `RuntimeError` with its last lines where it fails."
+    "Output of a Python command; raises `RuntimeError` with its last 20 lines if it fails."
     done = subprocess.run([*PYTHON, *map(str, words)], cwd=ROOT, env=os.environ | environment, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode: raise RuntimeError('\n'.join(done.stdout.strip().splitlines()[-20:]))
@@ -180,7 +180,7 @@ def command(*words, **environment) -> str:
 # The sections: each returns its headline and its rows, and raises where something is wrong
 
 def tests(given) -> dict:
-    "Every way of routing, compiled and not, float16, resuming, waits: tests/test_cuda.py."
+    "Run tests/test_cuda.py."
     words = ['-k', 'kernel_of_a_gpu or orthogonalised or plain_loop'] if given.dry else []
     said = command('-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_cuda.py', '--durations=5', *words)
     return dict(headline=said.strip().splitlines()[-1].strip('= '), rows=[], slowest=re.findall(r'^[\d.]+s .*', said, re.M))
@@ -202,7 +202,7 @@ def text_of(kind: str, endings: tuple[str, ...], roots: list[Path], limit: int) 
 
 
 def data(given) -> dict:
-    "Prepares the sources and headers of this machine as text, by the command; and reads batches."
+    "Tokenize source code and docs found on this machine; time it and batch loading."
     from nanomoe.bench import Bench
     from nanomoe.bench import data as read
     site, most = Path(sysconfig.get_paths()['purelib']), 300_000 if given.dry else 150_000_000
@@ -215,7 +215,7 @@ def data(given) -> dict:
     seconds, manifest = time.monotonic() - start, json.loads((HERE/'data'/'manifest.json').read_text())
     tokens = sum(split['tokens'] for split in manifest['splits'].values())
     rows = [{'what': f'batches, {row["case"]}', 'million tokens/s': row['million_tok_per_s'],
-             "times nanoGPT's way": row['times_nanogpt']} for row in read(Bench(device=device(given.dry).type, repeats=1 if given.dry else 7))]
+             'speedup': row['speedup']} for row in read(Bench(device=device(given.dry).type, repeats=1 if given.dry else 7))]
     return dict(headline=f'{tokens / 1e6:,.1f} M tokens prepared in {seconds:.0f} s', tokens=tokens,
                 rows=[{'what': 'preparation', 'million tokens/s': tokens / seconds / 1e6}] + rows)
 
@@ -245,7 +245,7 @@ def layer(given) -> dict:
 
 
 def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
-    "Forward and backward of each kind of part, and how often a micro-batch has it."
+    "Per layer type: a forward-backward function and the layer count."
     import torch
     from nanomoe.experts import MoE
     from nanomoe.model import head_loss
@@ -275,7 +275,7 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
 
 
 def step(given) -> dict:
-    "Tokens per second of training by micro-batch size, what its parts cost, and whether it ever waits for data."
+    "Training throughput by micro-batch size, cost per layer type, cost of data loading."
     import torch
     from nanomoe.config import PRESETS, TrainConfig
     from nanomoe.model import GPT, flops_per_token
@@ -324,12 +324,12 @@ def step(given) -> dict:
     waits = milliseconds({'read': with_feed(real), 'fixed': with_feed(Same())}, 2 if dry else 7)
     best = max(rows, key=lambda row: row['mfu'] or 0)
     return dict(headline=f'{best["preset"]}, B {best["B"]}: {best["tok_per_s"] / 1e3:,.0f} thousand tokens/s, MFU {best["mfu"]:.1%}; '
-                         f'a step with real batches takes {waits["read"] / waits["fixed"]:.3f}× one with fixed ones',
+                         f'step time with data loading: {waits["read"] / waits["fixed"]:.3f}× a fixed batch',
                 rows=rows, parts=parts, waits=waits)
 
 
 def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
-    "Train for about so many seconds, by a schedule that ends there; where and when it arrived."
+    "Train for about `seconds`, schedule fitted to that; return final metrics and the validation curve."
     from nanomoe.parallel import World
     from nanomoe.train import Trainer, train, update
     settings = training(given.dry, name, batch_size=4 if given.dry else 32, gradient_accumulation_steps=1, compile=not given.dry, **changes)
@@ -346,7 +346,7 @@ def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
 
 
 def target(given) -> dict:
-    "A frontier of dense models and a mixture, each with a schedule for the same seconds."
+    "Train three dense models and an MoE for equal time; compare bits per byte."
     from nanomoe.config import PRESETS
     from nanomoe.model import n_params
     seconds = 1 if given.dry else 40
@@ -357,13 +357,13 @@ def target(given) -> dict:
     rows = [timed_run(given, name, cfg, seconds, optimizer='muon', learning_rate=5e-3) for name, cfg in cases.items()]
     best, mixture = min(rows[:-1], key=lambda row: row['bpb']), rows[-1]
     there = next((at['seconds'] for at in mixture['curve'] if at['bpb'] <= best['bpb']), None)
-    said = f'at {there / best["seconds"]:.2f}× its time' if there else 'not within that time'
-    return dict(headline=f'best dense ({best["case"]}) {best["bpb"]:.4f} bits per byte, mixture {mixture["bpb"]:.4f}; it reaches the dense figure {said}',
+    said = f'MoE matches it in {there / best["seconds"]:.2f}× the time' if there else 'MoE does not match it'
+    return dict(headline=f'best dense ({best["case"]}) {best["bpb"]:.4f} bits per byte, MoE {mixture["bpb"]:.4f}; {said}',
                 rows=[{key: value for key, value in row.items() if key != 'curve'} for row in rows], curves={row['case']: row['curve'] for row in rows})
 
 
 def pretrain(given) -> dict:
-    "The command that users run: a mixture of 64 experts on the text of this machine, under torchrun, with its report."
+    "Pretrain `modern` under torchrun for about 3 minutes; write a report and a sample."
     dry, log = given.dry, HERE/'pretrain'/'log.jsonl'
     shape = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--n_kv_head=1', '--block_size=32', '--n_experts=8', '--top_k=2', '--expert_width=24'] if dry else []
     words = ['modern', f'--dataset={HERE/"data"}', '--vocab_size=None', *shape, f'--batch_size={4 if dry else 32}', '--gradient_accumulation_steps=2',
@@ -388,7 +388,7 @@ def pretrain(given) -> dict:
 
 
 def muon(given) -> dict:
-    "What Muon's update costs against AdamW's, and as a share of a step of 480 thousand tokens."
+    "Update time of Muon and AdamW, and Muon's share of a step of 491,520 tokens."
     import torch
     from nanomoe.config import PRESETS, TrainConfig
     from nanomoe.model import GPT
@@ -417,7 +417,7 @@ def muon(given) -> dict:
 
 
 def planner() -> Callable:
-    "The `plan` of lesson 23, from its notebook."
+    "`plan` from lesson 23's notebook."
     wanted, found = {'parameters', 'states', 'kept', 'plan'}, []
     for cell in json.loads((ROOT/'nbs'/'23_sizing.ipynb').read_text())['cells']:
         if cell['cell_type'] == 'code' and not ''.join(cell['source']).startswith('%'):
@@ -429,7 +429,7 @@ def planner() -> Callable:
 
 
 def memory(given) -> dict:
-    "The planner of lesson 23 against the allocator's peak, in steps of two micro-batches."
+    "Lesson 23's memory estimate against the measured peak."
     import torch
     from nanomoe.bench import resident
     from nanomoe.config import PRESETS, TrainConfig
@@ -456,11 +456,11 @@ def memory(given) -> dict:
         planned = sum(plan(cfg, B, is_low, 1024 if given.dry else 4096).values())
         rows.append(dict(case=name, planned_gib=planned / 2**30, measured_gib=measured / 2**30, ratio=planned / max(measured, 1)))
         del model, optimizer, x, y, loss
-    return dict(headline=', '.join(f'{row["case"]} {row["ratio"]:.2f}' for row in rows) + ' of what was measured', rows=rows)
+    return dict(headline='planned/measured: ' + ', '.join(f'{row["case"]} {row["ratio"]:.2f}' for row in rows), rows=rows)
 
 
 def ladder(given) -> dict:
-    "Lesson 20's bottom and top rung at nano_moe's size: a rate ten times too high, in bfloat16."
+    "`nano_moe` at 10× the learning rate, with none and all of lesson 20's stabilisers."
     from nanomoe.config import PRESETS
     from nanomoe.train import train
     cfg = shrunk(PRESETS['nano_moe'][0], given.dry)
@@ -480,14 +480,15 @@ def ladder(given) -> dict:
 
 
 def write(given) -> dict:
-    "Tokens per second of sampling with the cache: one text and 64, in float32 and bfloat16."
+    "Decoding throughput with and without KV cache, batch sizes 1 and 64, eager and compiled."
     from nanomoe.bench import Bench
     from nanomoe.bench import write as timed
-    rows = []
-    for B in (1, 4 if given.dry else 64):
-        for dtype in ('float32', 'bfloat16'):
-            b = Bench(preset='tiny' if given.dry else 'nano_moe', batch_size=B, dtype=dtype, device=device(given.dry).type, repeats=1 if given.dry else 9)
-            rows += [dict(rows=B, dtype=dtype) | row for row in timed(b)]
+    rows, most = [], 4 if given.dry else 64
+    cases = [(1, 'float32', False), (1, 'bfloat16', False), (most, 'float32', False), (most, 'bfloat16', False), (1, 'bfloat16', True)]
+    for B, dtype, compiled in cases if given.dry else [*cases, (most, 'bfloat16', True)]:
+        b = Bench(preset='tiny' if given.dry else 'nano_moe', batch_size=B, dtype=dtype, device=device(given.dry).type,
+                  compile=compiled, repeats=1 if given.dry else 9)
+        rows += [dict(rows=B, dtype=dtype, compiled=compiled) | row for row in timed(b)]
     best = {B: max(row['tok_per_s'] for row in rows if row['rows'] == B) for B in dict.fromkeys(row['rows'] for row in rows)}
     return dict(headline=', '.join(f'{B} text{"s" * (B > 1)}: {rate:,.0f} tokens/s' for B, rate in best.items()), rows=rows)
 
