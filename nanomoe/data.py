@@ -711,6 +711,7 @@ class TokenFile:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         "Tokens [start, stop) as int64, from the shards that hold them."
+        stop = min(stop, len(self))
         first, last = np.searchsorted(self.starts[1:], (start, stop - 1), side='right')
         parts = [self.shards[i][max(0, start - self.starts[i]):stop - self.starts[i]] for i in range(first, last + 1)]
         return np.concatenate([np.empty(0, np.int64), *parts])

@@ -144,8 +144,8 @@ def flops_per_token(cfg: ModelConfig) -> int:
 
 # %% ../nbs/08_model.ipynb #cross-entropy
 def less_one_at(p: Tensor, y: Tensor) -> Tensor:
-    "p (n, V) minus one-hot y (n, 1), in place on a CPU; on CUDA without a scatter, so it can be fused."
-    if p.is_cuda: return torch.where(torch.arange(p.size(1), device=p.device) == y, p - 1, p)
+    "p (n, V) minus one-hot y (n, 1), in place; in compiled code without a scatter, so it can be fused."
+    if torch.compiler.is_compiling(): return torch.where(torch.arange(p.size(1), device=p.device) == y, p - 1, p)
     return p.scatter_add_(1, y, torch.full_like(p[:, :1], -1.0))
 
 class HeadLoss(torch.autograd.Function):

@@ -62,21 +62,24 @@ def cpu_has_bfloat16() -> bool:
 def deterministic(on: bool):
     """Bitwise-reproducible CUDA results inside the block if `on`; no effect otherwise.
 
-    Enter it before the first matrix product on CUDA: cuBLAS reads CUBLAS_WORKSPACE_CONFIG once, which stays set.
+    Raises `BadInput` where CUDA has begun without CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once; it stays set.
     """
     if not on:
         yield
         return
+    if torch.cuda.is_initialized() and 'CUBLAS_WORKSPACE_CONFIG' not in os.environ:
+        raise BadInput('deterministic must be set before this process uses CUDA, or CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment')
     import torch._inductor.config as inductor
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # fixed cuBLAS workspace
-    before = torch.are_deterministic_algorithms_enabled(), inductor.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, chosen = torch.utils.deterministic.fill_uninitialized_memory, inductor.deterministic
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False         # no code here reads uninitialised memory
     inductor.deterministic = True                                       # no timing-based autotuning
     try: yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        inductor.deterministic = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory, inductor.deterministic = filled, chosen
 
 # %% ../nbs/11_parallel.ipynb #world
 class World(NamedTuple):
@@ -235,5 +238,5 @@ class Feed:
         "Batch `number`, pinned if the device is CUDA."
         batch = self.read(number)
         if self.device.type != 'cuda': return batch
-        torch.cuda.set_device(self.device)                              # the current device is per thread
-        return tuple(t.contiguous().pin_memory() for t in batch)
+        with torch.cuda.device(self.device):                            # the current device is per thread
+            return tuple(t.contiguous().pin_memory() for t in batch)

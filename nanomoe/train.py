@@ -77,10 +77,10 @@ class Muon(torch.optim.AdamW):
         for p, _, _ in moving: p.grad = None                            # AdamW passes over what has no gradient
         super().step()
         shapes = {}
-        for p, group, grad in moving: shapes.setdefault(p.shape[-2:], []).append((p, group, self.ahead(p, grad)))
+        for member in moving: shapes.setdefault(member[0].shape[-2:], []).append(member)
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for shape, members in shapes.items():
-            stack = torch.cat([ahead.view(-1, *shape) for _, _, ahead in members])      # (matrices, rows, columns)
+            stack = torch.cat([self.ahead(p, grad).view(-1, *shape) for p, _, grad in members])     # (matrices, rows, columns)
             made = torch.zeros_like(stack)
             made[rank::size] = orthogonalised(stack[rank::size])
             parts = all_reduce(made).split([p.numel() // shape.numel() for p, _, _ in members])
@@ -236,7 +236,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == 'cuda' and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, peak in _peaks.items():
-            if re.search(rf'\b{known}\b(?!.*(MIG|Laptop| D\b))', name): return peak
+            if re.search(rf'\b{known}\b(?!.*(MIG|Laptop| D\b| Ti\b))', name): return peak
     n = 8192 if device.type == 'cuda' else 1024                         # on a GPU, smaller ones time the launch
     a = torch.randn(n, n, device=device).to(dtype)
     best, begun = math.inf, time.perf_counter()
@@ -311,8 +311,8 @@ class Trainer:
         self.saver, self.level, self.newest = checkpoint.Saver(), Level(), None
         self.log, self.samples = Lines(self.out_dir/'log.jsonl'), Lines(self.out_dir/'samples.jsonl')
         if resumed: restore(self, resumed)
-        B, T = cfg.batch_size, self.model_cfg.block_size
-        self.feed = Feed(lambda number: training_batch(self.data, number * B, B, T, cfg.seed), world.device, world.size)
+        data, B, T = self.data, cfg.batch_size, self.model_cfg.block_size
+        self.feed = Feed(lambda number: training_batch(data, number * B, B, T, cfg.seed), world.device, world.size)
         self.measure = routing_stats
         if cfg.compile or (cfg.compile is None and world.device.type == 'cuda'):
             self.model.compile()
@@ -371,7 +371,7 @@ def update(run: Trainer) -> tuple[Tensor, float]:
     here = torch.cat([total, norm[None]]).cpu()                         # the only host sync
     stats, (bad, stop, norm) = here[:-3], here[-3:].tolist()
     run.halt = stop > 0
-    if bad == 0: run.scaler.step(run.optimizer)
+    if bad == 0: run.optimizer.step()                                   # the scaler's own step would wait once more
     run.scaler.update()                                                 # float16: halve the loss scale on overflow
     count_skip(run, bad > 0)
     if run.model_cfg.balance == 'bias' and bad == 0: move_biases(run, total[3:-2])
@@ -704,10 +704,10 @@ def main(argv: list[str] | None = None):
             model_cfg, cfg = parse(sys.argv[1:] if argv is None else argv)
             code = 0 if watch(model_cfg, cfg) else 130
     except KeyboardInterrupt: code = 130                                # before the first step, or a third time
-    except SystemExit as e: code = e.code
-    except Exception:
+    except (SystemExit, Exception) as e:
         if 'RANK' not in os.environ: raise
-        traceback.print_exc()
+        if isinstance(e, SystemExit): code = e.code
+        else: traceback.print_exc()
     leave(code)
 
 # %% ../nbs/12_train.ipynb #command-watch

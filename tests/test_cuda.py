@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # cuBLAS reads it once, before the first product on CUDA
+
 import pytest
 import torch
 import torch._dynamo
@@ -58,7 +60,7 @@ ALSO_COMPILED = ['dropless', 'swiglu with biases', 'odd widths', 'expert choice'
 
 
 @pytest.fixture(params=DEVICES)
-def device(request) -> torch.device: return torch.device(request.param)
+def device(request) -> torch.device: return torch.device(request.param)         # 'cuda' without an index, as users write it
 
 
 @pytest.fixture(scope='module')

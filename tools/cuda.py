@@ -5,23 +5,27 @@
     python tools/cuda.py --dry                 # smoke test: tiny sizes on a CPU
 
 Each section runs in a process of its own with a time limit, so that a failure costs one section. The results go to
-assets/bench/cuda/DATE-CARD.json (out/cuda with --dry), with the card, driver, versions, commit and command.
+assets/bench/cuda/DATE-CARD.json (out/cuda with --dry), with the card, driver, versions, commit and command; what a section
+had measured before it failed is kept, and its log beside. `step`, `target`, `pretrain` and `ladder` need what `data` prepares.
 """
 import argparse
 import ast
 import datetime
+import gc
+import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +42,7 @@ def main():
     arguments.add_argument('--out', type=Path, help='folder for the results')
     arguments.add_argument('--wheels', type=Path, help='folder with wheels of missing packages')
     arguments.add_argument('--against', help='nanoMoE clone whose layer is timed too')
+    arguments.add_argument('--commit', help='what to record where there is no git')
     arguments.add_argument('--section', help=argparse.SUPPRESS)         # what a section's own process is told
     given = arguments.parse_args()
     if given.section: return run_section(given)
@@ -45,7 +50,10 @@ def main():
     names = given.only.split(',')
     if unknown := [name for name in names if name not in SECTIONS]:
         arguments.error(f'there is no section {unknown[0]} (sections: {", ".join(SECTIONS)})')
-    facts, folder = machine(given.dry), given.out or (HERE if given.dry else ROOT/'assets'/'bench'/'cuda')
+    brought = {path.name.split('-')[0].lower() for path in given.wheels.glob('*.whl')} if given.wheels else set()
+    if missing := [name for name in NEEDED if name not in brought and not importlib.util.find_spec(name)]:
+        arguments.error(f'{", ".join(missing)} cannot be imported; give a folder with their wheels: --wheels FOLDER')
+    facts, folder = machine(given), (given.out or (HERE if given.dry else ROOT/'assets'/'bench'/'cuda')).resolve()
     if not given.dry and not facts['card']: arguments.error('this machine has no CUDA GPU; try --dry')
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/(f'{"dry" if given.dry else facts["date"]}-{re.sub("[^a-z0-9]+", "-", facts["card"].lower()).strip("-") or "cpu"}.json')
@@ -66,32 +74,51 @@ def main():
 
 def in_a_process(name: str, given, folder: Path, extra: str) -> dict:
     "Run a section in a subprocess; return its results or its error."
-    start, out = time.monotonic(), folder/f'.{name}.json'
+    start, out, log = time.monotonic(), folder/f'.{name}.json', folder/f'{name}.log'
     words = [*PYTHON, __file__, '--section', name, '--out', folder, *['--dry'] * given.dry]
-    if given.against: words += ['--against', given.against]
+    if given.against: words += ['--against', Path(given.against).resolve()]
     paths = [extra, str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     print(f'== {name}', flush=True)
-    with open(Path(extra)/f'{name}.log', 'w+') as log:
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
-                                   env=os.environ | {'PYTHONPATH': os.pathsep.join(paths)})
-        try: result = 'passed' if process.wait(60 * SECTIONS[name][0]) == 0 and out.exists() else 'failed'
+    out.unlink(missing_ok=True)
+    with open(log, 'w') as f:
+        process = subprocess.Popen(words, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+                                   env=os.environ | {'PYTHONPATH': os.pathsep.join(paths), 'PYTHONUNBUFFERED': '1'})
+        try: result = 'passed' if process.wait(60 * SECTIONS[name][0]) == 0 else 'failed'
         except subprocess.TimeoutExpired: result = 'timed out'
         finally:
-            try: os.killpg(process.pid, 9)                              # and what it has started
-            except ProcessLookupError: pass
-        log.seek(0)
-        said = log.read().strip().splitlines()
-    found = json.loads(out.read_text()) if result == 'passed' else dict(headline=(said or ['no output'])[-1][:160], log=said[-40:])
+            for pid in [*descendants(process.pid), process.pid]:
+                try: os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError: pass
+            process.wait()
+    said, found = log.read_text(errors='replace').strip().splitlines(), json.loads(out.read_text()) if out.exists() else {}
+    if result == 'passed': log.unlink()
+    else: found |= dict(headline=(said or ['no output'])[-1][:160], log=said[-40:])
     out.unlink(missing_ok=True)
     return dict(result=result, seconds=round(time.monotonic() - start, 1), command=f'python tools/cuda.py --only {name}') | found
 
 
+def descendants(pid: int) -> list[int]:
+    "All processes below one, the deepest first; torchrun gives its workers sessions of their own."
+    parents = {}
+    for path in Path('/proc').glob('[0-9]*/stat'):
+        try: parents.setdefault(int(path.read_text().rpartition(')')[2].split()[1]), []).append(int(path.parent.name))
+        except OSError: pass                                            # it has just ended
+    def below(pid): return [found for child in parents.get(pid, []) for found in [*below(child), child]]
+    return below(pid)
+
+
 def run_section(given):
     global HERE
-    if given.dry: HERE = HERE/'dry'
+    if given.dry: HERE = given.out/'dry'
     HERE.mkdir(parents=True, exist_ok=True)
-    found = SECTIONS[given.section][1](given)
-    (given.out/f'.{given.section}.json').write_text(json.dumps(found))
+    note(given, **SECTIONS[given.section][1](given))
+
+
+def note(given, **found):
+    "Keep what has been found so far."
+    made = given.out/f'.{given.section}.tmp'
+    made.write_text(json.dumps(found))
+    made.replace(given.out/f'.{given.section}.json')
 
 
 def without_nan(value):
@@ -101,17 +128,17 @@ def without_nan(value):
     return None if value != value else value
 
 
-def machine(dry: bool) -> dict:
+def machine(given) -> dict:
     "Hardware, versions, commit and command recorded with the results."
     import torch
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() and not dry else ''
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() and not given.dry else ''
     def said(*words):
         try: return subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout.strip().splitlines()[0]
         except (OSError, IndexError): return 'unknown'
     return dict(date=datetime.date.today().isoformat(), card=card,
                 driver=said('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader') if card else '',
                 torch=torch.__version__, cuda=torch.version.cuda, python=platform.python_version(), cores=os.cpu_count(),
-                commit=said('git', 'rev-parse', '--short', 'HEAD'), command=' '.join(['python', 'tools/cuda.py', *sys.argv[1:]]))
+                commit=given.commit or said('git', 'describe', '--always', '--dirty'), command=' '.join(['python', 'tools/cuda.py', *sys.argv[1:]]))
 
 
 def table(rows: list[dict]) -> str:
@@ -126,12 +153,13 @@ def table(rows: list[dict]) -> str:
 def show(name: str, found: dict):
     print(f'{found["result"]} in {found["seconds"]} s: {found["headline"]}')
     if found.get('rows'): print(table(found['rows']))
-    print('\n'.join(found.get('log', [])), flush=True)
+    if found.get('log'): print('\n'.join(found['log']))
+    print(flush=True)
 
 
 # What the sections share
 
-def device(dry: bool): import torch; return torch.device('cpu' if dry else 'cuda')
+def device(dry: bool): import torch; return torch.device('cpu') if dry else torch.device('cuda', 0)
 
 
 def low(dry: bool):
@@ -169,20 +197,23 @@ def training(dry: bool, name: str, **changes):
     return TrainConfig(**usual | changes)
 
 
-def command(*words, **environment) -> str:
-    "Output of a Python command; raises `RuntimeError` with its last 20 lines if it fails."
-    done = subprocess.run([*PYTHON, *map(str, words)], cwd=ROOT, env=os.environ | environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode: raise RuntimeError('\n'.join(done.stdout.strip().splitlines()[-20:]))
-    return done.stdout
+def command(*words) -> str:
+    "Output of a Python command, shown as it comes; raises `RuntimeError` where it fails."
+    lines = []
+    with subprocess.Popen([*PYTHON, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            print(line, end='', flush=True)
+            lines.append(line)
+    if process.returncode: raise RuntimeError(f'{" ".join(map(str, words[:2]))} failed: {(lines or ["no output"])[-1].strip()}')
+    return ''.join(lines)
 
 
 # The sections: each returns its headline and its rows, and raises where something is wrong
 
 def tests(given) -> dict:
     "Run tests/test_cuda.py."
-    words = ['-k', 'kernel_of_a_gpu or orthogonalised or plain_loop'] if given.dry else []
-    said = command('-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/test_cuda.py', '--durations=5', *words)
+    chosen = 'kernel_of_a_gpu or orthogonalised or plain_loop' if given.dry else 'not cpu'
+    said = command('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--tb=short', '--durations=5', '-k', chosen, 'tests/test_cuda.py')
     return dict(headline=said.strip().splitlines()[-1].strip('= '), rows=[], slowest=re.findall(r'^[\d.]+s .*', said, re.M))
 
 
@@ -205,7 +236,7 @@ def data(given) -> dict:
     "Tokenize source code and docs found on this machine; time it and batch loading."
     from nanomoe.bench import Bench
     from nanomoe.bench import data as read
-    site, most = Path(sysconfig.get_paths()['purelib']), 300_000 if given.dry else 150_000_000
+    site, most = Path(sysconfig.get_paths()['purelib']), 300_000 if given.dry else 60_000_000
     stdlib = Path(sysconfig.get_paths()['stdlib'])
     headers = [Path('/usr/include'), Path('/usr/local/cuda/include'), site]
     texts = [text_of('python', ('.py',), [stdlib, site] if not site.is_relative_to(stdlib) else [stdlib], most),
@@ -239,6 +270,7 @@ def layer(given) -> dict:
             matrices = 3 if re.search('swiglu|Mixtral', row['case']) else 2
             work = 6 * matrices * b.n_tokens * b.top_k * b.n_embd * b.expert_width
             rows.append(dict(shape=name) | row | dict(tflop_s=work / row['ms'] / 1e9))
+        note(given, headline='', rows=rows)
     found = {(row['shape'], row['case'], row['compiled']): row for row in rows}
     said = [f'{name}: {found[name, "moe", False]["ms"]:.2f} ms, {found[name, "moe", False]["times_twin"]:.2f}× matched dense' for name in shapes]
     return dict(headline='; '.join(said), rows=rows)
@@ -277,55 +309,69 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
 def step(given) -> dict:
     "Training throughput by micro-batch size, cost per layer type, cost of data loading."
     import torch
-    from nanomoe.config import PRESETS, TrainConfig
-    from nanomoe.model import GPT, flops_per_token
+    from nanomoe.config import PRESETS
     from nanomoe.parallel import World
-    from nanomoe.train import Trainer, make_optimizer, peak_flops, update
+    from nanomoe.train import Trainer, peak_flops, update
     dry, where, rows, parts = given.dry, device(given.dry), [], {}
-    peak, repeats = peak_flops(where, torch.bfloat16), 2 if dry else 12
-    for preset in ('nano_moe', 'modern'):
-        cfg = shrunk(PRESETS[preset][0], dry)
-        for B, compiled in [(2, False)] if dry else [(12, False), (12, True), (32, False), (64, False), (64, True)]:
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            model = GPT(cfg).to(where).train()
-            optimizer = make_optimizer(model, TrainConfig())
-            if compiled: model.compile()
-            x, y = torch.randint(cfg.vocab_size, (2, B, cfg.block_size), device=where)
-            def micro_batch():
-                with low(dry): loss = model(x, y, keep_logits=False).losses.total
-                loss.backward()
-                wait(dry)
-            def finish():
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                wait(dry)
-            micro_batch(); finish()
-            if not dry: torch.cuda.reset_peak_memory_stats()
-            ms = milliseconds({'micro-batch': micro_batch, 'finish': finish}, repeats)
-            rate = 40 * B * cfg.block_size / (40 * ms['micro-batch'] + ms['finish']) * 1e3      # of a step of 40 micro-batches
-            row = dict(preset=preset, B=B, compiled=compiled, ms=ms['micro-batch'], finish_ms=ms['finish'], tok_per_s=round(rate),
-                       mfu=rate * flops_per_token(cfg) / peak, peak_gib=None if dry else torch.cuda.max_memory_allocated() / 2**30)
-            if not compiled and B in (2, 12):
-                cases = parts_of(model, B, dry)
-                each = milliseconds({name: run for name, (run, _) in cases.items()}, repeats)
-                parts[preset] = {name: each[name] * count / ms['micro-batch'] for name, (_, count) in cases.items()}
-            rows.append(row)
-            del model, optimizer, x, y
-            if not dry: torch.cuda.empty_cache()
-    cfg = shrunk(PRESETS['nano_moe'][0], dry)
-    run = Trainer(cfg, training(dry, 'waiting', compile=not dry, batch_size=2 if dry else 12), World(device=where))
+    peak = peak_flops(where, torch.bfloat16)
+    run = Trainer(shrunk(PRESETS['nano_moe'][0], dry), training(dry, 'waiting', compile=not dry, batch_size=2 if dry else 12,
+                                                                 gradient_accumulation_steps=8), World(device=where))
     real, fixed = run.feed, run.feed[0]
     class Same:
         def __getitem__(self, number): return fixed
     def with_feed(feed):
         def one(): run.feed = feed; update(run); wait(dry)
         return one
-    waits = milliseconds({'read': with_feed(real), 'fixed': with_feed(Same())}, 2 if dry else 7)
-    best = max(rows, key=lambda row: row['mfu'] or 0)
-    return dict(headline=f'{best["preset"]}, B {best["B"]}: {best["tok_per_s"] / 1e3:,.0f} thousand tokens/s, MFU {best["mfu"]:.1%}; '
-                         f'step time with data loading: {waits["read"] / waits["fixed"]:.3f}× a fixed batch',
-                rows=rows, parts=parts, waits=waits)
+    waits = milliseconds({'read': with_feed(real), 'fixed': with_feed(Same())}, 2 if dry else 10)
+    said = f'step time with data loading: {waits["read"] / waits["fixed"]:.3f}× a fixed batch'
+    note(given, headline=said, waits=waits)
+    del run
+    cases = [('nano_moe', 12, True), ('nano_moe', 64, True), ('modern', 64, True)]
+    cases += [(preset, B, False) for preset in ('nano_moe', 'modern') for B in (12, 32, 64)]
+    for preset, B, compiled in [('nano_moe', 2, False), ('modern', 2, False)] if dry else cases:
+        row, shares = throughput(shrunk(PRESETS[preset][0], dry), B, compiled, dry, peak)
+        rows.append(dict(preset=preset) | row)
+        if shares: parts[preset] = shares
+        best = max(rows, key=lambda row: row['mfu'])
+        found = dict(headline=f'{best["preset"]}, B {best["B"]}: {best["tok_per_s"] / 1e3:,.0f} thousand tokens/s, MFU {best["mfu"]:.1%}; {said}',
+                     rows=rows, parts=parts, waits=waits)
+        note(given, **found)
+    return found
+
+
+def throughput(cfg, B: int, compiled: bool, dry: bool, peak: float) -> tuple[dict, dict]:
+    "One row of `step`, and for the smallest eager batch the share of each layer type in a micro-batch."
+    import torch
+    from nanomoe.config import TrainConfig
+    from nanomoe.model import GPT, flops_per_token
+    from nanomoe.train import make_optimizer
+    torch._dynamo.reset()
+    gc.collect()                                                        # compiled models sit in reference cycles
+    before = 0 if dry else torch.cuda.memory_allocated()
+    torch.manual_seed(0)
+    model = GPT(cfg).to(device(dry)).train()
+    optimizer = make_optimizer(model, TrainConfig())
+    if compiled: model.compile()
+    x, y = torch.randint(cfg.vocab_size, (2, B, cfg.block_size), device=device(dry))
+    def micro_batch():
+        with low(dry): loss = model(x, y, keep_logits=False).losses.total
+        loss.backward()
+        wait(dry)
+    def finish():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        wait(dry)
+    micro_batch(); finish()
+    if not dry: torch.cuda.reset_peak_memory_stats()
+    ms = milliseconds({'micro-batch': micro_batch, 'finish': finish}, 2 if dry else 12)
+    gib = None if dry else (torch.cuda.max_memory_allocated() - before) / 2**30
+    rate = 40 * B * cfg.block_size / (40 * ms['micro-batch'] + ms['finish']) * 1e3          # of a step of 40 micro-batches
+    row = dict(B=B, compiled=compiled, ms=ms['micro-batch'], finish_ms=ms['finish'], tok_per_s=round(rate),
+               mfu=rate * flops_per_token(cfg) / peak, peak_gib=gib)
+    if compiled or B > 12: return row, {}
+    cases = parts_of(model, B, dry)
+    each = milliseconds({name: run for name, (run, _) in cases.items()}, 2 if dry else 12)
+    return row, {name: each[name] * count / ms['micro-batch'] for name, (_, count) in cases.items()}
 
 
 def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
@@ -339,6 +385,7 @@ def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
     for _ in range(2 if given.dry else 20): update(trial)
     pace = (time.perf_counter() - start) / (2 if given.dry else 20)
     del trial
+    gc.collect()
     steps = 6 if given.dry else int(seconds / pace)
     settings = replace(settings, max_iters=steps, warmup_iters=min(200, steps // 5), eval_interval=max(steps // 8, 1))
     curve = [dict(step=r.step, tokens=r.tokens, seconds=r.step * pace, bpb=r.val['val_bpb']) for r in train(cfg, settings) if r.val]
@@ -349,12 +396,15 @@ def target(given) -> dict:
     "Train three dense models and an MoE for equal time; compare bits per byte."
     from nanomoe.config import PRESETS
     from nanomoe.model import n_params
-    seconds = 1 if given.dry else 40
+    seconds = 1 if given.dry else 28
     base = dict(vocab_size=512 if given.dry else 8192, block_size=512, n_layer=6, n_head=6, positions='rotary', norm='rmsnorm', qk_norm=True)
     make = lambda C, **experts: shrunk(replace(PRESETS['gpt2'][0], **base, n_embd=C, **experts), given.dry)
     cases = {f'dense C {C}': make(C) for C in (256, 384, 512)}
     cases['mixture 8/2 C 384'] = make(384, n_experts=8, top_k=2, expert_width=64 if given.dry else 768, moe_every=1, gates='chosen')
-    rows = [timed_run(given, name, cfg, seconds, optimizer='muon', learning_rate=5e-3) for name, cfg in cases.items()]
+    rows = []
+    for name, cfg in cases.items():
+        rows.append(timed_run(given, name, cfg, seconds, optimizer='muon', learning_rate=5e-3))
+        note(given, headline='', rows=rows)
     best, mixture = min(rows[:-1], key=lambda row: row['bpb']), rows[-1]
     there = next((at['seconds'] for at in mixture['curve'] if at['bpb'] <= best['bpb']), None)
     said = f'MoE matches it in {there / best["seconds"]:.2f}× the time' if there else 'MoE does not match it'
@@ -363,19 +413,19 @@ def target(given) -> dict:
 
 
 def pretrain(given) -> dict:
-    "Pretrain `modern` under torchrun for about 3 minutes; write a report and a sample."
+    "Pretrain `modern` under torchrun for about 2 minutes; write a report and a sample."
     dry, log = given.dry, HERE/'pretrain'/'log.jsonl'
     shape = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--n_kv_head=1', '--block_size=32', '--n_experts=8', '--top_k=2', '--expert_width=24'] if dry else []
     words = ['modern', f'--dataset={HERE/"data"}', '--vocab_size=None', *shape, f'--batch_size={4 if dry else 32}', '--gradient_accumulation_steps=2',
              '--optimizer=muon', '--learning_rate=0.005', '--min_lr=0', '--warmup_iters=100', f'--device={device(dry).type}', '--log_interval=10',
-             f'--eval_iters={2 if dry else 50}']
+             f'--eval_iters={2 if dry else 10}']
     def run(folder, steps):
         shutil.rmtree(HERE/folder, ignore_errors=True)
         return command('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', '-m', 'nanomoe.train', *words, f'--out_dir={HERE/folder}',
                        f'--max_iters={steps}', f'--eval_interval={max(steps // 5, 1)}', f'--checkpoint_interval={steps}')
     run('trial', 10 if dry else 40)
     pace = [json.loads(line)['tok_per_s'] for line in (HERE/'trial'/'log.jsonl').read_text().splitlines() if 'tok_per_s' in line][-1]
-    steps = 20 if dry else int(170 * pace / (2 * 32 * 1024))
+    steps = 20 if dry else int(110 * pace / (2 * 32 * 1024))
     said = run('pretrain', steps)
     command('-m', 'nanomoe.viz', 'report', HERE/'pretrain')
     rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -470,13 +520,16 @@ def ladder(given) -> dict:
     for name, rung in rungs.items():
         run = training(given.dry, 'ladder', max_iters=10 if given.dry else 1000, batch_size=2 if given.dry else 12, gradient_accumulation_steps=1,
                        learning_rate=6e-3, warmup_iters=2 if given.dry else 100, decay_lr=False, grad_clip=0.0, weight_decay=0.0, compile=False,
-                       eval_interval=10**9, log_interval=1)
-        try: curves[name] = [r.ce for r in train(rung, run) if r.ce is not None]
-        except RuntimeError as e: curves[name] = [float('nan')]; print(e)
-        last = curves[name][-50:]
-        rows.append(dict(rung=name, best=min(curves[name]), end=sum(last) / len(last), steps=len(curves[name])))
+                       eval_interval=10**9, log_interval=2 if given.dry else 10)
+        curve, ended = curves.setdefault(name, []), 'at its last step'
+        try:
+            for r in train(rung, run): curve.append((r.step, r.ce))
+        except RuntimeError as e: ended = str(e)
+        last = [ce for _, ce in curve[-5:]]
+        rows.append(dict(rung=name, best=min(ce for _, ce in curve), end=sum(last) / len(last), steps=curve[-1][0], ended=ended))
+        note(given, headline='', rows=rows, curves=curves)
     return dict(headline=', '.join(f'{row["rung"]}: {row["end"]:.2f} nats at the end' for row in rows), rows=rows,
-                curves={name: [None if ce != ce else ce for ce in curve[::10]] for name, curve in curves.items()})
+                curves=curves)
 
 
 def write(given) -> dict:
@@ -493,8 +546,9 @@ def write(given) -> dict:
     return dict(headline=', '.join(f'{B} text{"s" * (B > 1)}: {rate:,.0f} tokens/s' for B, rate in best.items()), rows=rows)
 
 
+NEEDED = 'tyro typeguard docstring_parser tiktoken tokenizers safetensors matplotlib pytest'.split()
 SECTIONS: dict[str, tuple[float, Callable]] = {         # minutes at most, and what runs; in order of value
-    'tests': (4, tests), 'data': (2, data), 'layer': (3, layer), 'step': (4, step), 'target': (6, target), 'pretrain': (5, pretrain),
-    'muon': (1, muon), 'memory': (1, memory), 'ladder': (2, ladder), 'write': (1.5, write)}
+    'tests': (4, tests), 'data': (1.5, data), 'layer': (2.5, layer), 'step': (4, step), 'target': (4.5, target), 'pretrain': (4, pretrain),
+    'muon': (0.75, muon), 'memory': (0.75, memory), 'ladder': (1.5, ladder), 'write': (1.5, write)}
 
 if __name__ == '__main__': main()
