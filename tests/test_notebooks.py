@@ -23,3 +23,11 @@ def test_running_again_gives_the_same_bytes(name, tmp_path):
         return copy.read_bytes()
     with ThreadPoolExecutor(2) as two: once, again = two.map(run, ('once', 'again'))
     assert once == again and once.count(b'image/png') >= 4
+
+
+def test_text_flushed_in_pieces_is_one_output():
+    sys.path.insert(0, str(ROOT/'tools'))
+    from run_notebooks import joined
+    pieces = [('stdout', 'a'), ('stdout', '\n'), ('stderr', 'b'), ('stdout', 'c')]
+    made = joined([dict(output_type='stream', name=name, text=text) for name, text in pieces] + [dict(output_type='display_data', data={})] * 2)
+    assert [o.get('text') for o in made] == ['a\n', 'b', 'c', None, None]

@@ -43,6 +43,15 @@ def still(output: dict) -> dict | None:
     return output if {'image/png', 'text/html'} & data.keys() else None
 
 
+def joined(outputs: list[dict]) -> list[dict]:
+    "The outputs, text that was flushed in pieces put together again."
+    whole = []
+    for output in outputs:
+        if whole and output.get('name') and output['name'] == whole[-1].get('name'): whole[-1]['text'] += output['text']
+        else: whole.append(output)
+    return whole
+
+
 def run(path: Path, skipped: set[str]) -> float:
     "Execute one notebook in its folder, write it back, and return the seconds it took."
     notebook, start = nbformat.read(path, 4), time.perf_counter()
@@ -53,7 +62,7 @@ def run(path: Path, skipped: set[str]) -> float:
     seconds = time.perf_counter() - start
     notebook.metadata.pop('widgets', None)
     for cell in notebook.cells:
-        if cell.cell_type == 'code': cell.outputs = [o for o in map(still, cell.outputs) if o]
+        if cell.cell_type == 'code': cell.outputs = joined([o for o in map(still, cell.outputs) if o])
     nbformat.write(notebook, path)
     subprocess.run([Path(sys.executable).parent/'nbdev_clean', '--fname', path], check=True)
     return seconds
