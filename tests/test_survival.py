@@ -205,6 +205,22 @@ def test_a_process_that_alone_meets_bad_data_says_so(words, tmp_path):
     assert done.returncode == 1 and done.stderr.count('shard 7 holds token id 999') == 1
 
 
+def test_an_error_is_shown_though_the_group_cannot_end(words, tmp_path):
+    "Ending NCCL's group waits for the other processes; so one that fails says why and leaves without that."
+    program = tmp_path/'program.py'
+    program.write_text('import os, sys, time\nfrom nanomoe import train\nfrom nanomoe.parallel import dist\n'
+                       'real = train.update\n'
+                       'def update(run):\n'
+                       '    if os.environ["RANK"] == "0" and run.step == 3: raise OSError("the card fell out")\n'
+                       '    return real(run)\n'
+                       'train.update, dist.destroy_process_group = update, lambda: time.sleep(600)\n'
+                       'train.main(sys.argv[1:])')
+    begun = time.monotonic()
+    done = torchrun(program, *words, f'--out_dir={tmp_path}/run')
+    assert done.returncode == 1 and time.monotonic() - begun < 100
+    assert 'OSError: the card fell out' in done.stderr and 'Traceback' in done.stderr
+
+
 def die_before_the_line(words: list[str], diary: Path):
     "A life that ends when step 30 is saved and its samples are written, but not its line in the log."
     real = train.routed_text
