@@ -198,9 +198,9 @@ class WeighRows(torch.autograd.Function):
 def dropless(experts: Experts, x: Tensor, r: Routing) -> Tensor:
     "Sort the choices of x (N, C) by expert, run each expert on its rows, bring the results back and weigh them."
     (N, K), E = r.expert_ids.shape, r.probs.size(1)
-    by_expert, order = r.expert_ids.flatten().sort(stable=True)         # (N·K,)
+    by_expert, order = r.expert_ids.flatten().int().sort(stable=True)   # (N·K,); int32 halves a radix sort
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(N * K, device=x.device))
-    ends = torch.searchsorted(by_expert, torch.arange(E, device=x.device), right=True, out_int32=True)
+    ends = torch.searchsorted(by_expert, torch.arange(E, device=x.device, dtype=torch.int32), right=True, out_int32=True)
     y = experts(TakeRows.apply(x, order // K, back, K), ends)           # (N·K, C)
     return WeighRows.apply(y, r.gates, order, back)
 
