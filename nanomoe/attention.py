@@ -42,7 +42,7 @@ class FixedKVCache(KVCache):
         "Write k, v (B, H, T, D) behind what is there and return the room, (B, H, size, D), zeros where it is empty."
         if self.k is None:
             self.k, self.v = (t.new_zeros(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
-            for t in (self.k, self.v, self.length): torch._dynamo.mark_static_address(t)      # a CUDA graph may write there
+            for t in (self.k, self.v, self.length): torch._dynamo.mark_static_address(t)  # a CUDA graph may write
         here = self.length + torch.arange(k.size(2), device=k.device)
         self.k.index_copy_(2, here, k)
         self.v.index_copy_(2, here, v)
@@ -66,7 +66,8 @@ def rotate(x: Tensor, start: int | Tensor = 0) -> Tensor:
 # %% ../nbs/02_attention.ipynb #causal-self-attention
 class HeadNorm(nn.RMSNorm):
     "RMS norm over the head width D, computed in float32 or better even under autocast."
-    def forward(self, x: Tensor) -> Tensor: return super().forward(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 class CausalSelfAttention(nn.Module):
     """Scaled dot-product attention with H heads (1706.03762 eq. 1): a position sees itself and all before it.

@@ -278,9 +278,11 @@ def make_writer(name: str, model: torch.nn.Module, b: Bench) -> Callable[[], lis
     "A function that writes one more token after so many: `cache 256` reads the newest, `anew 256` all of them."
     kind, n = name.split()
     idx = torch.zeros(b.batch_size, int(n), dtype=torch.long, device=find_device(b.device))
-    steps = generate(model, idx, b.repeats + 6, top_k=200, use_cache=kind == 'cache', compile=b.compile and kind == 'cache')
+    cached = kind == 'cache'
+    steps = generate(model, idx, b.repeats + 6, top_k=200, use_cache=cached, compile=b.compile and cached)
     def one():
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=b.dtype == 'bfloat16'): return next(steps).ids.tolist()
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=b.dtype == 'bfloat16'):
+            return next(steps).ids.tolist()
     for _ in range(4 * b.compile): one()                                # compile, and record a CUDA graph
     return one
 
@@ -312,7 +314,9 @@ def as_nanogpt(path: Path, B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Inputs and targets (B, T), read like nanoGPT's `get_batch`."
     tokens = np.memmap(path, np.uint16, 'r')
     starts = torch.randint(len(tokens) - T, (B,)).tolist()
-    def rows(shift): return torch.stack([torch.from_numpy(tokens[s + shift:s + shift + T].astype(np.int64)) for s in starts])
+    def rows(shift):
+        cut = [tokens[s + shift:s + shift + T].astype(np.int64) for s in starts]
+        return torch.stack([torch.from_numpy(row) for row in cut])
     return rows(0), rows(1)
 
 def data(b: Bench) -> list[dict]:
@@ -320,7 +324,8 @@ def data(b: Bench) -> list[dict]:
     T = PRESETS[b.preset][0].block_size
     B, numbers = max(b.n_tokens // T, 1), iter(range(10**9))
     with tempfile.TemporaryDirectory() as folder:
-        shards = {name: RandomShards(Path(tempfile.mkdtemp(dir=folder)), n) for name, n in (('1 file', 1), ('103 files', 103))}
+        shards = {name: RandomShards(Path(tempfile.mkdtemp(dir=folder)), n)
+                  for name, n in (('1 file', 1), ('103 files', 103))}
         path = shards['1 file'].folder/'0.bin'
         cases = {name: lambda s=s: training_batch(s, next(numbers) * B, B, T, seed=0) for name, s in shards.items()}
         times = interleaved(cases | {'nanoGPT, 1 file': lambda: as_nanogpt(path, B, T)}, 20 * b.repeats)
@@ -346,7 +351,8 @@ def check_bench(b: Bench, what: str):
         raise BadInput(f'top_k must be between 1 and n_experts={b.n_experts}, got {b.top_k}')
     if b.threads < 0: raise BadInput(f'threads must be at least 0, got {b.threads}')
     if b.preset not in PRESETS: raise BadInput(f'there is no preset {b.preset}{nearest(b.preset, PRESETS)}')
-    if what not in ('write', 'data') and PRESETS[b.preset][0].n_experts == 1: raise BadInput(f'preset must have experts, got {b.preset}')
+    if what not in ('write', 'data') and PRESETS[b.preset][0].n_experts == 1:
+        raise BadInput(f'preset must have experts, got {b.preset}')
     if b.against: original(b)
     if b.json and not Path(b.json).parent.is_dir():
         raise BadInput(f'json must be a file in a folder that exists, got {b.json}')
@@ -356,7 +362,7 @@ def heading(what: str, b: Bench) -> str:
     "What was timed."
     if what == 'step': return f'whole step of {b.preset}, {b.batch_size} rows'
     if what == 'write': return f'{b.preset} writes 512 tokens, {b.batch_size} rows'
-    if what == 'data': return f'20 times as many batches of {b.n_tokens} tokens in rows of {PRESETS[b.preset][0].block_size}'
+    if what == 'data': return f'loading batches of {b.n_tokens} tokens, 20 rounds a repeat'
     sizes = f'C {b.n_embd}, F {b.expert_width}, K {b.top_k}'
     if what == 'scale': return f'thousands of tokens per second, forward + backward, {sizes}'
     return f'forward + backward, N {b.n_tokens}, E {b.n_experts}, {sizes}'

@@ -89,5 +89,5 @@ def dispatch(x: Tensor, slots: Slots, n_experts: int) -> Tensor:
 def combine(y: Tensor, gates: Tensor, slots: Slots) -> Tensor:
     "Gather each choice's result from the queues (E, S, C), weigh it by its gate (N, K), and add up: (N, C)."
     y = y.flatten(0, 1)                                                 # (E·S, C)
-    y = PlaceRows.apply(y, slots.rows.flatten(), held(slots, len(y)).unsqueeze(1)).view(*gates.shape, -1)      # (N, K, C)
-    return (y * gates.unsqueeze(-1).to(y.dtype)).sum(1)
+    y = PlaceRows.apply(y, slots.rows.flatten(), held(slots, len(y)).unsqueeze(1))
+    return (y.view(*gates.shape, -1) * gates.unsqueeze(-1).to(y.dtype)).sum(1)

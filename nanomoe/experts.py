@@ -200,7 +200,8 @@ def dropless(experts: Experts, x: Tensor, r: Routing) -> Tensor:
     (N, K), E = r.expert_ids.shape, r.probs.size(1)
     by_expert, order = r.expert_ids.flatten().int().sort(stable=True)   # (N·K,); int32 halves a radix sort
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(N * K, device=x.device))
-    ends = torch.searchsorted(by_expert, torch.arange(E, device=x.device, dtype=torch.int32), right=True, out_int32=True)
+    numbers = torch.arange(E, dtype=torch.int32, device=x.device)
+    ends = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
     y = experts(TakeRows.apply(x, order // K, back, K), ends)           # (N·K, C)
     return WeighRows.apply(y, r.gates, order, back)
 

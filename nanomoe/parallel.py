@@ -68,7 +68,8 @@ def deterministic(on: bool):
         yield
         return
     if torch.cuda.is_initialized() and 'CUBLAS_WORKSPACE_CONFIG' not in os.environ:
-        raise BadInput('deterministic must be set before this process uses CUDA, or CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment')
+        raise BadInput('deterministic must be set before this process uses CUDA, '
+                       'or CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment')
     import torch._inductor.config as inductor
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # fixed cuBLAS workspace
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -54,7 +54,8 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float = 1.0, n_vocab: int | None = None, use_cache: bool = True, compile: bool = False) -> Iterator[Step]:
+             top_p: float = 1.0, n_vocab: int | None = None, use_cache: bool = True,
+             compile: bool = False) -> Iterator[Step]:
     """Continue the rows idx (B, T), a token each per step.
 
     Ids from `n_vocab` on, which the tokenizer lacks, never come. With the cache each step reads only the newest
@@ -72,7 +73,8 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
         for _ in range(max_new_tokens):
             if idx.size(1) > size: cache = None
             single = compile and cache is not None and new is not idx               # the prompt goes before, uncompiled
-            x, routings = (one_token if single else model.hidden)(new if cache else idx[:, -size:], cache)      # (B, T, C)
+            hidden = one_token if single else model.hidden
+            x, routings = hidden(new if cache else idx[:, -size:], cache)               # (B, T, C)
             if single: routings = copied(routings)
             logits = F.linear(x[:, -1], model.wte.weight).float()       # (B, V)
             logits[:, n_vocab or logits.size(-1):] = -torch.inf
@@ -142,7 +144,7 @@ class Sampling:
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
     seed: int = 1337  # of the draws
     device: str = 'auto'  # auto, cpu, cuda, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # compute dtype; auto is bfloat16 on CUDA if supported, else float32
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # compute dtype; auto: bfloat16 on CUDA
 
 # %% ../nbs/13_sample.ipynb #check-sampling
 def check_sampling(s: Sampling):

@@ -80,7 +80,7 @@ class Muon(torch.optim.AdamW):
         for member in moving: shapes.setdefault(member[0].shape[-2:], []).append(member)
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for shape, members in shapes.items():
-            stack = torch.cat([self.ahead(p, grad).view(-1, *shape) for p, _, grad in members])     # (matrices, rows, columns)
+            stack = torch.cat([self.ahead(p, grad).view(-1, *shape) for p, _, grad in members])     # (n, *shape)
             made = torch.zeros_like(stack)
             made[rank::size] = orthogonalised(stack[rank::size])
             parts = all_reduce(made).split([p.numel() // shape.numel() for p, _, _ in members])
@@ -195,8 +195,8 @@ def evaluate(model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, a
     sums = torch.zeros(D, 3, dtype=exact, device=world.device)          # nats, targets, bytes of each domain
     load = torch.zeros(D, layers, cfg.n_experts, dtype=exact, device=world.device)
     batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
-    feed = Feed(lambda n: (*batch_at(data, batches[n], cfg.block_size), target_domains(data, batches[n], cfg.block_size)),
-                world.device, world.size, len(batches))
+    def read(n): return *batch_at(data, batches[n], cfg.block_size), target_domains(data, batches[n], cfg.block_size)
+    feed = Feed(read, world.device, world.size, len(batches))
     for number in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
         world.beat()                                                    # as often on every process
         if number >= len(batches): break
@@ -351,7 +351,8 @@ def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
     with quietly(run.shared, last):
         with run.autocast: out = run.shared(x, y, keep_logits=False)
         run.scaler.scale(out.losses.total / len(run.micro_batches)).backward()
-    return torch.cat([torch.stack(out.losses[1:]).detach(), run.measure(out.routings, run.model_cfg).flatten().to(x.device)])
+    routing = run.measure(out.routings, run.model_cfg).flatten().to(x.device)
+    return torch.cat([torch.stack(out.losses[1:]).detach(), routing])
 
 # %% ../nbs/12_train.ipynb #update
 def update(run: Trainer) -> tuple[Tensor, float]:
