@@ -6,12 +6,13 @@
 __all__ = ['expert_capacity', 'Slots', 'assign_slots', 'arrivals', 'PlaceRows', 'held', 'dispatch', 'combine']
 
 # %% ../nbs/05_capacity.ipynb #imports
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .router import even_shares
 
 # %% ../nbs/05_capacity.ipynb #expert-capacity
 def expert_capacity(n_tokens: int, n_experts: int, top_k: int, factor: float, minimum: int = 4) -> int:
@@ -19,7 +20,7 @@ def expert_capacity(n_tokens: int, n_experts: int, top_k: int, factor: float, mi
 
     Switch Transformer (2101.03961) eq. 3, with the rounding of nanoMoE.
     """
-    slots = math.floor(factor * top_k * n_tokens / n_experts)
+    slots = even_shares(factor, top_k * n_tokens, n_experts)
     return max(slots + slots % 2, minimum)
 
 # %% ../nbs/05_capacity.ipynb #slots

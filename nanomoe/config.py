@@ -155,6 +155,8 @@ def model_problems(m: ModelConfig) -> list[str]:
     need(m.n_shared_experts >= 0, f'n_shared_experts must be at least 0, got {m.n_shared_experts}')
     need(0 <= m.jitter < 1, f'jitter must be at least 0 and below 1, got {m.jitter}')
     need(0 <= m.dropout < 1, f'dropout must be at least 0 and below 1, got {m.dropout}')
+    need(m.n_shared_experts == 0 or m.n_experts > 1,
+         f'n_experts must be at least 2 with n_shared_experts={m.n_shared_experts}, got {m.n_experts}')
     if m.n_experts > 1:
         need(1 <= m.top_k <= m.n_experts,
              f'top_k must be between 1 and n_experts={m.n_experts}, got {m.top_k}')

@@ -69,11 +69,13 @@ class Muon(torch.optim.AdamW):
     """AdamW, but in groups marked `matrix` each matrix, one per expert, moves along its orthogonalised momentum.
 
     Scaled to the usual size of AdamW's step, so that one learning rate serves both (2502.16982 eq. 4). Matrices of equal
-    shape are batched; each process orthogonalises its share, and an all-reduce combines them.
+    shape are batched; each process orthogonalises its share, and an all-reduce combines them. A matrix without a
+    gradient, such as an expert without tokens, stays where it is: orthogonalised, old momentum never fades.
     """
     @torch.no_grad()
     def step(self, closure=None):
-        moving = [(p, group, p.grad) for group in self.param_groups if group['matrix'] for p in group['params']]
+        moving = [(p, group, p.grad) for group in self.param_groups if group['matrix'] for p in group['params']
+                  if p.grad is not None]
         for p, _, _ in moving: p.grad = None                            # AdamW passes over what has no gradient
         super().step()
         shapes = {}
@@ -81,8 +83,9 @@ class Muon(torch.optim.AdamW):
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for shape, members in shapes.items():
             stack = torch.cat([self.ahead(p, grad).view(-1, *shape) for p, _, grad in members])     # (n, *shape)
+            alive = torch.cat([grad.view(-1, *shape).abs().amax((1, 2), keepdim=True) for _, _, grad in members]) > 0
             made = torch.zeros_like(stack)
-            made[rank::size] = orthogonalised(stack[rank::size])
+            made[rank::size] = orthogonalised(stack[rank::size]) * alive[rank::size]
             parts = all_reduce(made).split([p.numel() // shape.numel() for p, _, _ in members])
             for (p, group, _), d in zip(members, parts):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
@@ -455,7 +458,15 @@ def fingerprint(data: TokenFile) -> list[str]:
 
 # %% ../nbs/12_train.ipynb #resume-state
 def save(run: Trainer, halt: bool):
-    "Begin a checkpoint of this step from the first process; it is written while training goes on, unless that is to `halt`."
+    """Begin a checkpoint of this step from the first process; it is written while training goes on, unless that is to `halt`.
+
+    None is made in a streak of skipped updates, whose weights may be what makes the loss NaN. Raises `RuntimeError` where
+    the weights are not finite.
+    """
+    if run.skipped_in_a_row: return
+    if not torch.stack([p.isfinite().all() for p in run.model.parameters()]).all():
+        raise RuntimeError(f'the weights are not finite after step {run.step}; is learning_rate={run.cfg.learning_rate} too '
+                           f'large? The last good checkpoint stays in {run.out_dir}')
     if not run.world.first: return
     limit = run.cfg.hang_timeout / 2 or None                            # the others wait meanwhile
     if not halt and futures.wait([run.saver.writing], limit).not_done:

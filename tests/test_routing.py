@@ -1,5 +1,7 @@
 """Every way to run the experts gives the same result, and every way to route is what it says it is."""
+import itertools
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from nanomoe import experts as module
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, check
 from nanomoe.experts import MoE, activate
-from nanomoe.losses import balance_loss, sequence_balance_loss, update_bias
+from nanomoe.losses import balance_loss, sequence_balance_loss, total_loss, update_bias
 from nanomoe.model import GPT, flops_per_token, initialise
-from nanomoe.router import Routing, make_router
-from nanomoe.train import health, routing_stats
+from nanomoe.router import Routing, choose, even_shares, make_router
+from nanomoe.train import health, make_optimizer, routing_stats
 
 BASE = ModelConfig(n_embd=16, n_head=1, n_experts=6, top_k=2, expert_width=24)
 
@@ -210,6 +212,44 @@ def test_sigmoid_by_hand():
         torch.testing.assert_close(gates, score[best] / score[best].sum())
 
 
+@pytest.mark.parametrize('gates', ['all', 'chosen'])
+def test_sigmoids_that_underflow_make_no_nan(gates):
+    "Logits so low that every sigmoid is 0 in float32, for all experts or for those that a bias chooses; gradients too."
+    logits = torch.tensor([[0.5, 0.1, -0.3, 0.2], [-95.0] * 4, [-300.0, -200.0, -150.0, -120.0], [3.0, 3.0, -110.0, -110.0]], requires_grad=True)
+    for bias in (None, torch.tensor([0.0, 0.0, 5.0, 5.0])):
+        r = choose(logits, 2, gates, 'sigmoid', bias)
+        assert r.gates.isfinite().all() and r.probs.isfinite().all()
+        torch.testing.assert_close(r.probs.sum(-1), torch.ones(4))
+        if gates == 'chosen': torch.testing.assert_close(r.gates.sum(-1), torch.ones(4))
+        cfg = replace(BASE, n_experts=4, router='sigmoid', gates=gates, balance='switch')
+        loss = total_loss(torch.zeros(()), [r], cfg).total + r.gates.sum()
+        assert torch.autograd.grad(loss, logits, retain_graph=True)[0].isfinite().all()
+    exact = logits[:1].double().sigmoid()
+    torch.testing.assert_close(r.probs[:1].double(), exact / exact.sum(), rtol=1e-6, atol=0)
+
+
+def test_shares_are_those_of_the_decimal_number():
+    "For every factor of two digits, as exact fractions have it: floating point alone gives one too few for hundreds of cases."
+    for hundredths in range(5, 305, 5):
+        for n, E in itertools.product((10, 60, 100, 390, 12288), (2, 3, 5, 8, 10)):
+            assert even_shares(hundredths / 100, n, E) == Fraction(hundredths, 100) * n // E
+
+
+def test_muon_leaves_a_matrix_without_gradients_where_it_is():
+    "An expert that gets no token any more: old momentum, orthogonalised, would move it at full speed for hundreds of steps."
+    torch.manual_seed(0)
+    model = GPT(replace(BASE, block_size=8, vocab_size=11, n_layer=1, n_head=2, n_experts=4, top_k=1, moe_every=1))
+    optimizer = make_optimizer(model, TrainConfig(optimizer='muon', weight_decay=0.0, learning_rate=1e-2))
+    w, frozen = model.h[0].mlp.experts.c_fc, model.h[0].attn.c_attn.weight.requires_grad_(False)
+    for step in range(10):
+        for p in model.parameters(): p.grad = torch.randn_like(p) * 0.01 if p.requires_grad else None
+        if step >= 5: w.grad[2] = 0
+        before = w.detach().clone(), frozen.clone()
+        optimizer.step()
+        moved = (w.detach() - before[0]).flatten(1).norm(dim=1)
+        assert (moved > 0).tolist() == [True, True, step < 5, True] and torch.equal(frozen, before[1])
+
+
 def test_expert_choice_by_hand():
     cfg = replace(BASE, router='expert_choice', capacity_factor=1.5, eval_capacity_factor=1.0)
     layer = filled(MoE(cfg)).double().eval()
@@ -373,7 +413,8 @@ def test_combinations_that_cannot_be_trained_are_refused(case):
 
 @pytest.mark.parametrize('knobs, sentence', [
     (dict(n_kv_head=5), 'n_head must be a multiple of n_kv_head=5, got 12'), (dict(jitter=1.0), 'jitter must be'),
-    (dict(n_shared_experts=-1), 'n_shared_experts must be at least 0'), (dict(bias_rate=-1.0), 'bias_rate must be')])
+    (dict(n_shared_experts=-1), 'n_shared_experts must be at least 0'), (dict(bias_rate=-1.0), 'bias_rate must be'),
+    (dict(n_shared_experts=2), 'n_experts must be at least 2 with n_shared_experts=2, got 1')])
 def test_shapes_that_cannot_be_built_are_refused(knobs, sentence):
     with pytest.raises(BadInput, match=sentence): check(ModelConfig(**knobs))
 

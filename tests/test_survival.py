@@ -15,13 +15,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nanomoe import checkpoint, data, train
+from nanomoe import checkpoint, config, data, train
 
 TINY = ['tiny', '--log_interval=1', '--device=cpu']
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -203,6 +204,24 @@ def test_a_process_that_alone_meets_bad_data_says_so(words, tmp_path):
                        'train.training_batch = batch\ntrain.main(sys.argv[1:])')
     done = torchrun(program, *words, f'--out_dir={tmp_path}/run')
     assert done.returncode == 1 and done.stderr.count('shard 7 holds token id 999') == 1
+
+
+def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    "No checkpoint in a streak of skipped updates, though one is due each step; none of weights that a huge rate made infinite."
+    model_cfg, cfg = config.PRESETS['tiny']
+    cfg = replace(cfg, out_dir=str(tmp_path/'streak'), max_iters=8, checkpoint_interval=1, keep_checkpoints=9, eval_interval=8, device='cpu')
+    real = train.micro_batch
+    def poisoned(run, number, last):
+        hook = run.model.wte.weight.register_hook(lambda g: g * math.nan) if run.step in (3, 4) else None
+        try: return real(run, number, last)
+        finally: hook and hook.remove()
+    monkeypatch.setattr(train, 'micro_batch', poisoned)
+    last = [*train.train(model_cfg, cfg)][-1]
+    assert last.skipped == 2 and [int(path.name[5:]) for path in checkpoint.steps(tmp_path/'streak')] == [1, 2, 3, 6, 7, 8]
+    huge = replace(cfg, out_dir=str(tmp_path/'huge'), learning_rate=1e38, min_lr=0.0, warmup_iters=0, decay_lr=False, grad_clip=0.0)
+    with pytest.raises(RuntimeError, match='the weights are not finite after step 1; is learning_rate=1e[+]38 too large'):
+        list(train.train(model_cfg, huge))
+    assert checkpoint.steps(tmp_path/'huge') == []
 
 
 def test_an_error_is_shown_though_the_group_cannot_end(words, tmp_path):
