@@ -259,12 +259,17 @@ def keep_freed_memory():
 
 # %% ../nbs/12_train.ipynb #stop-request
 class StopRequest:
-    "Notes SIGINT and SIGTERM for the run to look at after each update; the third one interrupts at once."
+    """Notes SIGINT, SIGTERM and SIGHUP for the run to look at after each update; the third one interrupts at once.
+
+    Under nohup a hang-up stays ignored, but for torchrun's processes: torchrun hands its own on and kills them after 30 s.
+    """
     def __init__(self): self.signals, self.before = [], {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+            hears = 'RANK' in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+            names = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * hears
+            self.before = {s: signal.signal(s, self.note) for s in names}
         return self
 
     def note(self, number, frame):

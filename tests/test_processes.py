@@ -97,7 +97,7 @@ def wait_for_step(folder: Path, step: int):
     raise TimeoutError(f'{folder} did not reach step {step}')
 
 
-@pytest.mark.parametrize('stop', [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize('stop', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_stopped_run_continues_bit_for_bit(alone, tmp_path, stop):
     command = [sys.executable, *TINY, f'--out_dir={tmp_path}']
     stopped = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)

@@ -446,17 +446,18 @@ def test_a_crashed_process_heals_itself(words, two, tmp_path):
         assert set(steps) == set(range(60)) and len(steps) - 60 <= 2 * 5 + 2          # at most an interval, twice
 
 
-@pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C'])
+@pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C', 'SIGHUP under nohup'])
 def test_preemption(words, two, tmp_path, how):
     "Both processes stop after the same step, which is saved, and go on bit for bit."
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'nanomoe.train',
                *words, '--checkpoint_interval=100', f'--out_dir={tmp_path}/run']
+    if how == 'SIGHUP under nohup': command = ['nohup', *command]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     while process.poll() is None and len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < 7: time.sleep(0.005)
     at = checkpoint.read_log(tmp_path/'run'/'log.jsonl')[-1]['step']
     if how == 'Ctrl-C': os.killpg(process.pid, signal.SIGINT)           # what a terminal does
-    else: process.terminate()
+    else: process.send_signal(signal.SIGHUP if 'SIGHUP' in how else signal.SIGTERM)
     process.communicate(timeout=90)
     saved = checkpoint.load_latest(tmp_path/'run').step
     assert at <= saved <= at + 2 and saved < 60
