@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import BadInput
+from .config import BadInput, launched_rank
 
 # %% ../nbs/11_parallel.ipynb #find-device
 def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
@@ -135,7 +135,8 @@ def launched_world(device: str = 'auto') -> World:
     "This process among those that torchrun started, by its environment, or alone; they have not met yet."
     found = find_device(device, int(os.environ.get('LOCAL_RANK', 0)))
     if found.type == 'cuda': torch.cuda.set_device(found)
-    return World(int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), found)
+    rank = launched_rank()
+    return World(device=found) if rank is None else World(rank, int(os.environ['WORLD_SIZE']), found)
 
 def roll_call(store, rank: int, size: int) -> str:
     """A name for this start on which all processes agree, whatever an earlier one left in the store.
@@ -162,7 +163,7 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
     if backend != 'auto' and not dist.is_backend_available(backend):
         raise BadInput(f'backend must be auto, or one that this torch has, such as gloo, got {backend}')
     world, heart = launched_world(device), None
-    if 'RANK' not in os.environ:
+    if launched_rank() is None:
         yield world
         return
     limit = timedelta(seconds=hang_timeout + 60) if hang_timeout else timedelta(days=7)    # the network's comes after ours

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import FixedKVCache, KVCache
-from .config import BadInput, ModelConfig, from_command_line, one_sentence
-from .data import check_characters, read_text
+from .config import BadInput, ModelConfig, from_command_line, one_sentence, words_first
+from .data import ids_of, read_text
 from .model import GPT
 from .parallel import find_device, find_dtype
 from .pretrained import load_model, tokenizer_of
@@ -36,7 +36,7 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
     together have that probability (1904.09751).
     """
     if temperature == 0: return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-10)        # below that only the best counts
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probs = logits.softmax(-1)
@@ -100,8 +100,7 @@ def load(where: str | Path, device: str = 'auto'):
 
 def prompt(tokenizer, text: str) -> Tensor:
     "Ids (1, T) that begin a text: the end of a document, then the text."
-    check_characters(tokenizer, text, 'the text to continue')
-    return torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(text)]])
+    return torch.tensor([[tokenizer.eot_token, *ids_of(tokenizer, text, 'the text to continue').tolist()]])
 
 def stream(tokenizer, ids: Iterable[int]) -> Iterator[str]:
     "Text of token ids as they come; a character whose bytes are not complete yet waits for the rest."
@@ -154,6 +153,7 @@ def check_sampling(s: Sampling):
              (0 <= s.temperature < float('inf'),
               f'temperature must be a finite number of at least 0, got {s.temperature}'),
              (s.top_k is None or s.top_k >= 1, f'top_k must be at least 1, or None, got {s.top_k}'),
+             (0 <= s.seed < 2**64, f'seed must be at least 0 and below 2**64, got {s.seed}'),
              (0 < s.top_p <= 1, f'top_p must be above 0 and at most 1, got {s.top_p}'),
              (all(s.stop), 'stop must be texts that are not empty, got an empty one'),
              (not s.start.startswith('FILE:'), f'start takes text; use --start_file={s.start[5:]} for a file'),
@@ -183,6 +183,7 @@ def main(argv: list[str] | None = None):
     "`python -m nanomoe.sample RUN [--start TEXT] …`"
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
+        if '--stop' not in argv: argv = words_first(argv)               # which takes several words
         run = argv[0] if argv and not argv[0].startswith('-') else None
         s = from_command_line(Sampling, Sampling(), argv[1:] if run else argv, 'python -m nanomoe.sample RUN')
         check_sampling(s)

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from . import checkpoint
 from .checkpoint import Lines, cut_log, read_log, write_whole
-from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, one_sentence, parse, resolve, say,
-                            to_dict)
+from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence, parse,
+                            resolve, say, to_dict)
 from .data import (TokenFile, all_windows, batch_at, load_tokenizer, mixed, n_windows, prepare, some_windows,
                           target_domains, token_bytes, training_batch)
 from .experts import MoE
@@ -267,7 +267,7 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            hears = 'RANK' in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+            hears = launched_rank() is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
             names = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * hears
             self.before = {s: signal.signal(s, self.note) for s in names}
         return self
@@ -720,9 +720,8 @@ def main(argv: list[str] | None = None):
         with one_sentence():
             model_cfg, cfg = parse(sys.argv[1:] if argv is None else argv)
             code = 0 if watch(model_cfg, cfg) else 130
-    except KeyboardInterrupt: code = 130                                # before the first step, or a third time
-    except (SystemExit, Exception) as e:
-        if 'RANK' not in os.environ: raise
+    except (SystemExit, Exception) as e:                                # Ctrl-C before the first step, or a third time
+        if not os.environ.get('RANK'): raise
         if isinstance(e, SystemExit): code = e.code
         else: traceback.print_exc()
     leave(code)
@@ -730,7 +729,7 @@ def main(argv: list[str] | None = None):
 # %% ../nbs/12_train.ipynb #command-watch
 def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
     "Run `train`, telling the terminal and the tracker how it goes; returns whether it came to its end."
-    speaks = os.environ.get('RANK', '0') == '0'
+    speaks = not launched_rank()
     if cfg.tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
         raise BadInput("tracker wandb needs the package wandb; install it with: pip install -e '.[wandb]'")
     first, started, bits, r, tracker = None, time.perf_counter(), 0.0, None, None
@@ -760,7 +759,7 @@ def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
 
 def leave(code: int):
     "Exit with `code`. Under torchrun, skip the process group's teardown, which could block on other ranks after an error."
-    if 'RANK' not in os.environ: return sys.exit(code) if code else None
+    if not os.environ.get('RANK'): return sys.exit(code) if code else None
     gc.collect()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError): stream.flush()

@@ -1,16 +1,19 @@
 """Bad input gets one sentence and exit code 2, before anything is started; good input does what it says."""
 import json
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from nanomoe import bench, checkpoint, data, sample, train, viz
-from nanomoe.config import PRESETS, BadInput, ModelConfig, TrainConfig, check, from_dict, parse, to_dict
+from nanomoe.config import PRESETS, BadInput, ModelConfig, TrainConfig, check, from_dict, parse, to_dict, words_first
 from nanomoe.model import GPT
 
 
@@ -38,6 +41,8 @@ BAD = {
     'word for a number': (train, 'tiny --batch_size many', 'batch_size'),
     'unknown choice': (train, 'tiny --balance evenly', 'evenly'),
     'value missing': (train, 'tiny --seed', 'seed'),
+    'a seed too large': (train, f'tiny --seed {2**64}', f'seed must be at least 0 and below 2**64, got {2**64}'),
+    'a seed too large to draw': (sample, f'out/x --seed {2**64}', 'seed must be at least 0 and below 2**64'),
     'one renormalised gate': (train, 'tiny --top_k 1 --gates chosen', "gates must be 'all' when top_k=1"),
     'missing dataset': (train, 'tiny --dataset nowhere',
                         'no prepared dataset nowhere; make it with: python -m nanomoe.data FILE_OR_FOLDER --out data/nowhere'),
@@ -183,6 +188,68 @@ def test_a_port_in_use(tmp_path):
     assert 'torchrun --standalone finds a free port' in run.stderr and not (tmp_path/'run').exists()
 
 
+@pytest.fixture(scope='module')
+def small_run(tmp_path_factory) -> Path:
+    "A run of two steps on characters, some of which no ASCII terminal can show."
+    folder = tmp_path_factory.mktemp('small')
+    documents = [data.Document('Größe ≈ 5 µm — naïve 日本 ' * 40, 'text', f'{i}') for i in range(40)]
+    data.write_dataset(documents, folder/'data', 'chars')
+    model, run = PRESETS['tiny']
+    run = replace(run, dataset=str(folder/'data'), out_dir=str(folder/'run'), device='cpu', max_iters=2, warmup_iters=1, eval_interval=2,
+                  checkpoint_interval=2)
+    for _ in train.train(replace(model, block_size=16), run): pass
+    return folder/'run'
+
+
+def as_program(*words, before: str = '', after: str = '', **environment) -> subprocess.CompletedProcess:
+    "`python -m nanomoe.…` in a shell."
+    command = ' '.join([before, sys.executable, '-m', *map(shlex.quote, map(str, words)), after])
+    return subprocess.run(['bash', '-c', command], capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_a_terminal_that_lacks_characters_gets_others(small_run, encoding, tmp_path):
+    for words in (['nanomoe.sample', small_run, '--max_new_tokens=60', '--temperature=9'],
+                  ['nanomoe.train', 'tiny', '--device=cpu', '--max_iters=1', f'--out_dir={tmp_path}/gr≈ße']):
+        done = as_program(*words, PYTHONIOENCODING=encoding)
+        assert done.returncode == 0 and b'Traceback' not in done.stderr and b'?' in done.stdout
+
+
+def test_an_output_that_is_closed_or_goes_away_is_no_traceback(small_run, tmp_path):
+    done = as_program('nanomoe.train', 'tiny', '--device=cpu', '--max_iters=2', f'--out_dir={tmp_path}/run', after='>&- 2>&- <&-')
+    assert done.returncode == 0 and checkpoint.load_latest(tmp_path/'run').step == 2
+    done = as_program('nanomoe.sample', small_run, '--max_new_tokens=3000', after='| head -c 5; exit ${PIPESTATUS[0]}')
+    assert done.returncode == 141 and done.stderr == b'' and len(done.stdout) == 5
+
+
+def test_ctrl_c_in_sampling_is_no_traceback(small_run):
+    with subprocess.Popen([sys.executable, '-m', 'nanomoe.sample', small_run, '--max_new_tokens=1000000'], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler)) as process:
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(30) == 130 and process.stderr.read() == b''
+
+
+def test_what_a_cluster_leaves_in_the_environment(tmp_path):
+    "Half of torchrun's variables is one process, or a sentence."
+    for i, (left, code) in enumerate(((dict(WORLD_SIZE='2'), 0), (dict(RANK='', WORLD_SIZE=''), 0), (dict(RANK='0'), 2), (dict(RANK='x', WORLD_SIZE='1'), 2))):
+        done = as_program('nanomoe.train', 'tiny', '--device=cpu', '--max_iters=1', f'--out_dir={tmp_path}/{i}', **left)
+        assert done.returncode == code and b'Traceback' not in done.stderr, done.stderr
+        assert code == 0 or b'RANK and WORLD_SIZE must be set to numbers' in done.stderr
+
+
+def test_a_prompt_of_a_million_blanks_is_read(small_run, tmp_path):
+    (tmp_path/'prompt.txt').write_text(' ' * 1_100_000)
+    done = as_program('nanomoe.sample', small_run, f'--start_file={tmp_path}/prompt.txt', '--max_new_tokens=2', '--temperature=1e-40')
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_may_come_before_words():
+    assert parse(['--max_iters', '1', '--seed=-0', 'tiny', '--bias', 'True']) == parse(['tiny', '--max_iters=1', '--seed=0', '--bias=True'])
+    assert words_first(['--out', '-5', 'a', '--help', 'b']) == ['a', 'b', '--out', '-5', '--help']
+
+
 def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     code, message = said(train, ['tiny', '--tracker=wandb', f'--out_dir={tmp_path}/run'], capsys)
@@ -215,8 +282,9 @@ def test_files_of_knobs(tmp_path, suffix, text):
     assert (run.max_iters, model.bias, model.n_layer, model.n_experts) == (7, True, 1, 4)
     path.write_text(text.replace('max_iters', 'max_iter'))
     with pytest.raises(BadInput, match='did you mean max_iters'): parse([str(path)])
-    path.write_text('[')
-    with pytest.raises(BadInput, match=f'is not valid {suffix}'): parse([str(path)])
+    for text in ('[', '[' * 100_000, 'a = ' + '[' * 100_000):
+        path.write_text(text)
+        with pytest.raises(BadInput, match=f'is not valid {suffix}'): parse([str(path)])
 
 
 def test_a_runs_own_config_is_a_configuration(tmp_path):
