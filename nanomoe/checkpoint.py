@@ -105,8 +105,10 @@ def load_latest(root: str | Path) -> Checkpoint | None:
 
 # %% ../nbs/09_checkpoint.ipynb #sweep
 def sweep(root: str | Path):
-    "Remove what an interrupted save left behind."
-    for path in Path(root).glob('.tmp-*'): shutil.rmtree(path) if path.is_dir() else path.unlink()
+    "Remove what an interrupted save left behind, and nothing else of such a name."
+    for path in Path(root).glob('.tmp-*'):
+        if path.is_dir() and re.fullmatch(r'\.tmp-\d+-\d+', path.name): shutil.rmtree(path)
+        elif path.name.removeprefix('.tmp-') in ('config.json', 'tokenizer.json', 'log.jsonl', 'samples.jsonl'): path.unlink()
 
 # %% ../nbs/09_checkpoint.ipynb #saver
 class Saver:

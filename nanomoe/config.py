@@ -213,6 +213,7 @@ def train_problems(t: TrainConfig) -> list[str]:
         need(0 <= getattr(t, name) < 1, f'{name} must be at least 0 and below 1, got {getattr(t, name)}')
     for name in allowed_changes(t):
         need(name in CHANGEABLE, f'allow_changed must name some of {", ".join(CHANGEABLE)}, got {name}')
+    need(t.out_dir.strip(), 'out_dir must name a folder, got an empty one')
     need(0 <= t.seed < 2**64, f'seed must be at least 0 and below 2**64, got {t.seed}')
     return out
 

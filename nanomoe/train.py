@@ -6,7 +6,7 @@
 __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names', 'routing_stats', 'Health', 'health', 'Record',
            'evaluate', 'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Level', 'Trainer',
            'together', 'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'check_folder',
-           'open_data', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume',
+           'is_run', 'open_data', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume',
            'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'hold',
            'routed_text', 'train', 'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show',
            'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave', 'train_all']
@@ -425,9 +425,18 @@ def check_folder(folder: Path):
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise BadInput(f'out_dir {folder} cannot be written: {there} is {"read-only" if there.is_dir() else "a file"}')
-    theirs = [name for name in ('config.json', 'tokenizer.json') if (folder/name).exists()]
-    if theirs and not (folder/'.lock').exists():                        # every run leaves one
+    theirs = [name for name in ('config.json', 'tokenizer.json', 'log.jsonl', 'samples.jsonl') if (folder/name).exists()]
+    if theirs and not is_run(folder):
         raise BadInput(f'out_dir {folder} holds the {theirs[0]} of another program; use another --out_dir')
+
+def is_run(folder: Path) -> bool:
+    "Whether a folder holds a run of ours: by its lock, or by its settings, which a copy without dot files has too."
+    if (folder/'.lock').exists(): return True
+    for path, part in [(folder/'config.json', lambda found: found), *((p/'meta.json', lambda found: found['config']) for p in checkpoint.steps(folder))]:
+        try: settings = part(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError): continue
+        if isinstance(settings, dict) and {'out_dir', 'n_experts', 'gradient_accumulation_steps'} <= settings.keys(): return True
+    return False
 
 def open_data(dataset: str, block_size: int) -> tuple[TokenFile, TokenFile]:
     "The training and validation split; the preset `tiny` has its arithmetic written on first use."

@@ -2,6 +2,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -245,6 +246,30 @@ def test_a_prompt_of_a_million_blanks_is_read(small_run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.json', 'log.jsonl', 'samples.jsonl'])
+def test_what_another_program_keeps_is_left_as_it_is(name, tmp_path, capsys):
+    "Its files are no run of ours, whatever they are called; nor does a run remove its other files."
+    (tmp_path/name).write_text('{"step": 1, "loss": 0.5}\n')
+    code, message = said(train, ['tiny', '--device=cpu', '--max_iters=1', f'--out_dir={tmp_path}'], capsys)
+    assert code == 2 and f'holds the {name} of another program' in message
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path/name).read_text() == '{"step": 1, "loss": 0.5}\n'
+    (tmp_path/'mine').mkdir()
+    for other in ('.tmp-notes', '.tmp-3', 'keep.txt'): (tmp_path/'mine'/other).write_text('mine')
+    train.main(['tiny', '--device=cpu', '--max_iters=1', f'--out_dir={tmp_path}/mine'])
+    assert all((tmp_path/'mine'/other).read_text() == 'mine' for other in ('.tmp-notes', '.tmp-3', 'keep.txt'))
+
+
+def test_a_run_copied_without_dot_files_is_a_run(small_run, tmp_path):
+    "By its settings; by its checkpoints' where even those are gone."
+    for lost in ((), ('config.json',)):
+        copy = shutil.copytree(small_run, tmp_path/f'copy{len(lost)}', ignore=shutil.ignore_patterns('.*', *lost))
+        assert train.is_run(copy)
+        words = ['nanomoe.train', 'tiny', f'--dataset={small_run.parent}/data', '--block_size=16', '--device=cpu', '--max_iters=3', '--warmup_iters=1',
+                 '--lr_decay_iters=2', '--eval_interval=3', '--checkpoint_interval=3', f'--out_dir={copy}']
+        done = as_program(*words)
+        assert done.returncode == 0 and checkpoint.load_latest(copy).step == 3, done.stderr
+
+
 def test_options_may_come_before_words():
     assert parse(['--max_iters', '1', '--seed=-0', 'tiny', '--bias', 'True']) == parse(['tiny', '--max_iters=1', '--seed=0', '--bias=True'])
     assert words_first(['--out', '-5', 'a', '--help', 'b']) == ['a', 'b', '--out', '-5', '--help']
@@ -266,6 +291,10 @@ def test_a_folder_with_the_name_of_a_text_is_no_text(tmp_path):
     (tmp_path/'texts'/'chapter.txt').mkdir(parents=True)
     (tmp_path/'texts'/'chapter.txt'/'one.md').write_text('# One')
     assert [d.text for d in data.file_documents(tmp_path/'texts')] == ['# One']
+
+
+def test_an_out_dir_from_an_unset_variable_is_refused():
+    with pytest.raises(BadInput, match="out_dir must name a folder, got an empty one"): parse(["tiny", "--out_dir="])
 
 
 def test_nanogpts_spelling_of_flags():

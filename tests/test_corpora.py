@@ -1,6 +1,7 @@
 """Real corpora: every format and door gives the same documents, a kill costs seconds, memory does not grow, splits are nanoGPT's."""
 import gzip
 import json
+import os
 import random
 import shutil
 import signal
@@ -446,3 +447,42 @@ def test_whatever_the_hub_raises_is_one_sentence(error, tmp_path, monkeypatch):
             yield {'text': 'a'}
             raise error
     with pytest.raises(BadInput, match='broke off after 1 documents'): list(data.hub_documents(Rows(), ('text',), 'someone/pages', 0))
+
+
+def test_what_lies_in_a_folder_of_texts(tmp_path, monkeypatch):
+    "Upper-case endings are read, hidden copies are not, a byte order mark is no text, and a folder that cannot be listed is told."
+    texts = tmp_path/'texts'
+    for name in ('ONE.TXT', 'two.Md', '.ipynb_checkpoints/two-checkpoint.md', '.git/three.txt', '.four.txt', 'deep/five.py', 'six.JSONL'):
+        (texts/name).parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({'text': f'text of {name}'}) if name.endswith('JSONL') else f'text of {name}'
+        (texts/name).write_text('\ufeff' + text, encoding='utf-8')
+    found = {d.text for d in data.file_documents(texts)}
+    assert found == {f'text of {name}' for name in ('ONE.TXT', 'two.Md', 'deep/five.py', 'six.JSONL')}
+    assert data.domain_of(texts/'ONE.TXT') == 'ONE' and data.domain_of('caf\udce9.txt') == 'caf\ufffd'
+    real = os.scandir
+    def closed(path):
+        if str(path).endswith('deep'): raise PermissionError(13, 'Permission denied', str(path))
+        return real(path)
+    monkeypatch.setattr(os, 'scandir', closed)
+    with pytest.raises(BadInput, match='deep cannot be read: Permission denied'): list(data.file_documents(texts))
+
+
+def test_token_files_beside_the_program_that_made_them(tmp_path, capsys):
+    "nanoGPT's folder as it is; a .bin among texts makes no token files of them; the command says where it wrote."
+    theirs, texts = tmp_path/'openwebtext', tmp_path/'texts'
+    theirs.mkdir(), texts.mkdir()
+    for name, count in (('train.bin', 5000), ('val.bin', 900)):
+        np.random.default_rng(0).integers(0, 256, count).astype(np.uint16).tofile(theirs/name)
+    (theirs/'prepare.py').write_text('import os'), (theirs/'readme.md').write_text('# openwebtext')
+    data.main([str(theirs), '--tokenizer=bytes', f'--out={tmp_path}/ds'])
+    assert f'written to {tmp_path}/ds; train on it: python -m nanomoe.train PRESET --dataset {tmp_path}/ds' in capsys.readouterr().out
+    assert len(data.TokenFile(tmp_path/'ds', 'train')) == 5000
+    (texts/'weights.bin').write_bytes(b'12345678'), (texts/'a.txt').write_text('some text\n' * 200)
+    assert data.prepare(texts, tmp_path/'mine', 'bytes')['splits']['train']['documents'] == 1
+
+
+def test_more_names_than_domains_says_what_helps(tmp_path):
+    for i in range(70): (tmp_path/f'f{i}.txt').write_text(f'file {i} says hello\n' * 20)
+    with pytest.raises(BadInput, match='at most 64 domains.*name a folder, or quote a pattern'):
+        data.prepare(sorted(tmp_path.glob('*.txt')), tmp_path/'out', 'bytes')
+    data.prepare(tmp_path, tmp_path/'out', 'bytes')
