@@ -284,7 +284,7 @@ def load_hf(folder: Path) -> GPT:
     "The GPT-2 or Qwen3 in a folder of `transformers`; raises `BadInput` for what ours cannot compute."
     t = transformers_for(folder)
     try:
-        config = t.AutoConfig.from_pretrained(folder).to_dict()         # with the defaults that the file omits
+        config = t.AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()         # with the defaults that the file omits
         shape = {'gpt2': gpt2_shape, 'qwen3': qwen3_shape, 'qwen3_moe': qwen3_shape}.get(config['model_type'])
         if not shape: raise BadInput(f'model_type must be gpt2, qwen3 or qwen3_moe, got {config["model_type"]}')
         cfg, tensors = shape(config), read_tensors(folder)
@@ -405,7 +405,7 @@ def export_gap(model: GPT, folder: Path) -> float:
     "How far the folder's logits are from ours on random ids; raises `RuntimeError` where they are others."
     t, cfg = transformers_for('an export'), model.cfg
     t.utils.logging.disable_progress_bar()
-    theirs = t.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = t.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     t.utils.logging.enable_progress_bar()
     ids = torch.randint(cfg.vocab_size, (2, min(cfg.block_size, 64)), generator=torch.Generator().manual_seed(0))
     ours = model(ids).logits

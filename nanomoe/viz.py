@@ -376,7 +376,7 @@ def coloured_text(pieces: Sequence[str], expert_ids, gates=None, kept=None) -> s
 
     `pieces`: N strings; `expert_ids`, `gates`, `kept`: (N, K). Hovering shows all K choices.
     """
-    expert_ids = np.asarray(expert_ids)
+    expert_ids = np.asarray(expert_ids).astype(int)
     gates = np.ones(expert_ids.shape) if gates is None else np.asarray(gates, float)
     kept = np.ones(expert_ids.shape, bool) if kept is None else np.asarray(kept)
     spans, largest = [], max(gates[:, 0].max(initial=0), 1e-9)
@@ -552,7 +552,8 @@ class Log:
 
 def log_line(text: bytes) -> dict:
     "A line's JSON object, which names its step; raises `ValueError` for anything else."
-    row = json.loads(text)
+    try: row = json.loads(text)
+    except RecursionError: row = None
     if not isinstance(row, dict) or not isinstance(row.get('step'), int): raise ValueError('no line of a run')
     return row
 
@@ -622,9 +623,9 @@ def samples_of(lines: Sequence[dict], logged: int) -> Samples | None:
     """
     by_step = {}
     for line in lines:
-        if line['step'] <= logged and line.get('expert_ids'): by_step.setdefault(line['step'], {})[line['domain']] = line
+        if line['step'] <= logged and line.get('expert_ids') and line['gates']: by_step.setdefault(line['step'], {})[line['domain']] = line
     if not by_step: return None
-    ids = {step: np.concatenate([line['expert_ids'] for line in texts.values()], 1) for step, texts in by_step.items()}
+    ids = {step: np.concatenate([line['expert_ids'] for line in texts.values()], 1).astype(int) for step, texts in by_step.items()}
     last, final = by_step[max(by_step)], ids[max(by_step)]                  # final (L, N, K)
     alike = [step for step in ids if ids[step].shape == final.shape]        # not from before a change of top_k
     return Samples(alike, [piece for line in last.values() for piece in line['pieces']],
@@ -632,7 +633,9 @@ def samples_of(lines: Sequence[dict], logged: int) -> Samples | None:
 
 def read_samples(run: Path) -> Samples | None:
     "A run's routed texts, from its samples.jsonl and the last step of its log."
-    return samples_of(Log(run/'samples.jsonl').read(), read_rows(run/'log.jsonl')[-1]['step'])
+    try: return samples_of(Log(run/'samples.jsonl').read(), read_rows(run/'log.jsonl')[-1]['step'])
+    except (ValueError, TypeError, KeyError) as e:
+        raise e if isinstance(e, BadInput) else BadInput(f'{run}/samples.jsonl holds no texts of a run') from None
 
 # %% ../nbs/15_report.ipynb #together
 def together(expert_ids, n_experts: int) -> np.ndarray:
@@ -902,7 +905,10 @@ def server(run: str | Path, port: int = 0) -> ThreadingHTTPServer:
     live = Live(resolve(run))
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            address = urlsplit(self.path)
+            if not re.fullmatch(r'(127\.0\.0\.1|localhost|\[::1\])(:\d+)?', self.headers.get('Host', '')):
+                return self.send_error(403)                     # a page elsewhere whose name was made to lead here
+            try: address = urlsplit(self.path)
+            except ValueError: return self.send_error(400)
             asked = {key: int(values[0]) for key, values in parse_qs(address.query).items()
                      if re.fullmatch(r'-?[0-9]{1,9}', values[0])}
             try:

@@ -1,4 +1,5 @@
 """Pictures of runs that are not as they should be: dense, diverged, damaged, written by two, with odd names."""
+import http.client
 import json
 import shutil
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from nanomoe import viz
-from nanomoe.config import ModelConfig
+from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
 from nanomoe.router import choose
 from nanomoe.train import health, routing_stats
 from nanomoe.viz import board_svg, experts_figure, health_figure, png, read_rows, report, samples_of, server
@@ -158,3 +159,35 @@ def test_the_watcher_says_what_is_wrong_and_goes_on(tmp_path):
     finally:
         http.shutdown()
         http.server_close()
+
+
+def test_the_page_of_a_run_answers_this_machine_only(tmp_path):
+    "A page on the web whose name was made to lead here (DNS rebinding) gets nothing, and no address makes the server fall."
+    (tmp_path/'config.json').write_text(json.dumps(to_dict(ModelConfig(), TrainConfig())))
+    (tmp_path/'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0)) + '\n')
+    with viz.server(tmp_path, 0) as watcher:
+        threading.Thread(target=watcher.serve_forever, daemon=True).start()
+        def status(host: str, path: str = '/board') -> int:
+            line = http.client.HTTPConnection('127.0.0.1', watcher.server_port, timeout=10)
+            line.putrequest('GET', path, skip_host=True)
+            if host: line.putheader('Host', host)
+            line.endheaders()
+            return line.getresponse().status
+        port = watcher.server_port
+        assert [status(f'{name}:{port}') for name in ('127.0.0.1', 'localhost', '[::1]')] == [200] * 3
+        assert [status(host) for host in (f'evil.example:{port}', '127.0.0.1.evil.example', '')] == [403] * 3
+        assert status('localhost', 'http://[::1') == 400
+        watcher.shutdown()
+
+
+@pytest.mark.parametrize('change', [lambda line: line['expert_ids'][0][0].__setitem__(1, {'"><img src=x onerror=alert(1)>': 0}),
+                                    lambda line: line.pop('gates'), lambda line: line.pop('domain')])
+def test_samples_that_are_none_are_one_sentence(change, tmp_path):
+    "Above all no tags: what stands where an expert's number should never reaches a page."
+    (tmp_path/'config.json').write_text(json.dumps(to_dict(ModelConfig(n_experts=4, router='expert_choice'), TrainConfig())))
+    (tmp_path/'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0, val_ce=3.0, val_bpb=1.0)) + '\n')
+    line = dict(step=1, domain='d', text='ab', pieces=['a', 'b'], ids=[0, 1], expert_ids=[[[0, 1], [2, 3]]], gates=[[[.5, .5], [.5, .5]]], kept=[None])
+    change(line)
+    (tmp_path/'samples.jsonl').write_text(json.dumps(line) + '\n')
+    with pytest.raises(BadInput, match='holds no texts of a run'): viz.report(tmp_path)
+    with pytest.raises(TypeError): viz.coloured_text(['a'], [[{'<b>': 0}]])

@@ -551,3 +551,12 @@ def test_gpt2s_vocabulary_is_known_without_fetching_it(gpt2_vocabulary, tmp_path
     pretrained.check_tokenizer('gpt2', tmp_path/'made')
     with pytest.raises(BadInput, match='has other token ids than the text that gpt2 has learnt from'):
         pretrained.check_tokenizer('gpt2', tmp_path/'bytes')
+
+
+def test_code_that_a_folder_brings_is_never_run(tmp_path):
+    "Nor asked for: `auto_map` names code, and a yes on standard input would run it."
+    (tmp_path/'config.json').write_text(json.dumps({'model_type': 'evil', 'auto_map': {'AutoConfig': 'evil.EvilConfig'}}))
+    (tmp_path/'evil.py').write_text(f'open({str(tmp_path/"ran")!r}, "w")\n')
+    done = subprocess.run([sys.executable, '-m', 'nanomoe.sample', tmp_path], input='y\n' * 9, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and 'holds no model that can be read' in done.stderr and 'wish to run' not in done.stdout + done.stderr
+    assert not (tmp_path/'ran').exists()
