@@ -193,9 +193,9 @@ class Lines:
             if len(self.waiting) == 1: say(f'{self.path} cannot be written ({e}); its lines wait', sys.stderr)
 
 def best_step(folder: Path) -> int | None:
-    "Of the checkpoints in the folder, the step with the lowest held-out loss on the usual choice of batches."
+    "Of the checkpoints in the folder, the step with the lowest held-out loss on as many batches as are usual now."
     rows = [row for row in read_log(folder/'log.jsonl') if {'val_ce', 'val_tokens'} <= row.keys()]
-    usual = min((row['val_tokens'] for row in rows), default=0)
+    usual = min((row['val_tokens'] for row in rows[-2:]), default=0)        # the last may be on the whole text
     there = {int(path.name.removeprefix('step-')) for path in steps(folder)}
     rows = [row for row in rows if row['val_tokens'] == usual and row['step'] in there]
     return min(rows, key=lambda row: row['val_ce'])['step'] if rows else None

@@ -490,7 +490,7 @@ def save(run: Trainer, halt: bool):
     for lines in (run.samples, run.log): lines.write(sync=True)         # none before this step may be missing later
     names = parameter_names(run.model, run.optimizer)
     tensors = {'model': run.model.state_dict(), 'optim': checkpoint.optimizer_tensors(run.optimizer, names)}
-    meta = {'config': to_dict(run.model_cfg, run.cfg), 'data': fingerprint(run.data), 'skipped': run.skipped,
+    meta = {'config': to_dict(run.model_cfg, run.cfg), 'data': fingerprint(run.data), 'weights': run.data.weights, 'skipped': run.skipped,
             'scaler': run.scaler.state_dict(), 'level': run.level, 'record': run.newest}
     run.saver.save(run.out_dir, run.step, tensors, meta, run.cfg.keep_checkpoints, checkpoint.best_step(run.out_dir))
 
@@ -535,6 +535,9 @@ def check_resume(found: checkpoint.Checkpoint, run: Trainer):
     if found.meta['data'] != fingerprint(run.data):
         raise BadInput(f'{run.out_dir} holds a run on other data than {run.data.folder}; continue it on its own '
                        'data, or use another --out_dir')
+    if (before := found.meta.get('weights', run.data.weights)) != run.data.weights:
+        raise BadInput(f'{run.out_dir} holds a run on another mixture of {run.data.folder}: its weights were {before}, and are '
+                       f'{run.data.weights} now; prepare it as it was, or use another --out_dir')
 
 # %% ../nbs/12_train.ipynb #restore
 def restore(run: Trainer, found: checkpoint.Checkpoint):
