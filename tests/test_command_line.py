@@ -91,7 +91,7 @@ BAD = {
     'raw numbers': (train, 'tiny --dataset {bad}/raw', 'numbers_train_000000.bin is no token file: its header is unknown'),
     'changed manifest': (train, 'tiny --dataset {bad}/edited', 'manifest.json is not what was written; prepare the dataset again'),
     'ids beyond the vocabulary': (train, 'tiny --dataset {bad}/beyond', 'numbers_train_000000.bin holds token id 256, but its vocabulary has 200 entries'),
-    'tokenizer of others': (train, 'tiny --dataset {bad}/swapped', 'holds a tokenizer that is not its own'),
+    'tokenizer of others': (train, 'tiny --dataset {bad}/swapped', 'is not the one that the tokens were made with'),
     'check finds it': (data, 'check {bad}/flipped', 'numbers_train_000000.bin is damaged'),
     'nothing to check': (data, 'check {bad}', 'there is no prepared dataset'),
     'folder in a file': (train, 'tiny --out_dir {bad}/empty.txt/run', 'run cannot be written: {bad}/empty.txt is a file'),
