@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, seed as seeded, settings
 from hypothesis import strategies as st
 
-from nanomoe import checkpoint, data, pretrained, sample
-from nanomoe.config import BadInput, field_names, parse
+from nanomoe import checkpoint, data, pretrained, sample, train
+from nanomoe.config import PRESETS, BadInput, field_names, parse
 from nanomoe.data import TokenFile, sealed
 
 HERE = Path(__file__).parent
@@ -293,3 +294,17 @@ def test_the_best_is_kept_through_another_batch_size(tmp_path):
     for count, best in ((1, 2), (3, 4), (4, 6), (5, 6)):
         (root/'log.jsonl').write_text(''.join(json.dumps(dict(step=s, val_ce=ce, val_tokens=n)) + '\n' for s, ce, n in lines[:count]))
         assert checkpoint.best_step(root) == best
+
+
+def test_a_run_keeps_to_its_mixture(tmp_path):
+    "The same texts prepared again with other weights are other data, though every shard is the same."
+    for i, name in enumerate('ab'): (tmp_path/f'{name}.txt').write_text('\n'.join(d.text for d in data.numbers_documents(30_000, seed=i)))
+    def prepared(weights): data.prepare([tmp_path/'a.txt', tmp_path/'b.txt'], tmp_path/'ds', 'bytes', weights=weights)
+    model, run = PRESETS['tiny']
+    run = replace(run, dataset=str(tmp_path/'ds'), out_dir=str(tmp_path/'run'), device='cpu', max_iters=2, warmup_iters=1, checkpoint_interval=2)
+    prepared('9,1')
+    list(train.train(model, run))
+    prepared('1,9')
+    with pytest.raises(BadInput, match='holds a run on another mixture'): list(train.train(model, replace(run, max_iters=4)))
+    prepared('9,1')
+    assert list(train.train(model, replace(run, max_iters=4)))[-1].step == 4

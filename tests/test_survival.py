@@ -2,12 +2,10 @@
 
 `pytest tests/test_survival.py --soak -s` breaks things a hundred times and says what came of it.
 """
-import json
 import math
 import multiprocessing
 import os
 import random
-import re
 import resource
 import shutil
 import signal

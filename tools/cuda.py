@@ -325,7 +325,7 @@ def step(given) -> dict:
     waits = milliseconds({'read': with_feed(real), 'fixed': with_feed(Same())}, 2 if dry else 10)
     said = f'step time with data loading: {waits["read"] / waits["fixed"]:.3f}× a fixed batch'
     note(given, headline=said, waits=waits)
-    del run
+    run = None                                                          # its model makes room
     cases = [('nano_moe', 12, True), ('nano_moe', 64, True), ('modern', 64, True)]
     cases += [(preset, B, False) for preset in ('nano_moe', 'modern') for B in (12, 32, 64)]
     for preset, B, compiled in [('nano_moe', 2, False), ('modern', 2, False)] if dry else cases:
@@ -395,7 +395,6 @@ def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
 def target(given) -> dict:
     "Train three dense models and an MoE for equal time; compare bits per byte."
     from nanomoe.config import PRESETS
-    from nanomoe.model import n_params
     seconds = 1 if given.dry else 28
     base = dict(vocab_size=512 if given.dry else 8192, block_size=512, n_layer=6, n_head=6, positions='rotary', norm='rmsnorm', qk_norm=True)
     make = lambda C, **experts: shrunk(replace(PRESETS['gpt2'][0], **base, n_embd=C, **experts), given.dry)
