@@ -1,4 +1,4 @@
-# `make train`, `make test`, `make lab`, `make cuda`, `make clean`: each sets up what it needs, in .venv inside this folder;
+# `make` says what there is. `make train`, `make test`, `make lab`, `make cuda`, `make clean`: each sets up what it needs, in .venv inside this folder;
 # `make cuda` uses python3 if its torch supports CUDA, otherwise .venv.
 PYTHON ?= python3
 BIN = .venv/bin
@@ -6,7 +6,14 @@ RUN = out/onboard
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: train test lab cuda clean
+.PHONY: help train test lab cuda clean
+
+help:
+	@echo 'make train   install into .venv (2 GB), prepare text, train the preset onboard and let it write: minutes'
+	@echo 'make test    install the same, and run every test'
+	@echo 'make lab     install the same, prepare the text of the lessons and open the course in JupyterLab'
+	@echo 'make cuda    measure this machine with a CUDA GPU (ARGS=--dry: try it on the CPU)'
+	@echo 'make clean   remove .venv, data, out and what was built'
 
 train: .venv/installed
 	@echo '== exporting the notebooks to nanomoe/'
@@ -27,7 +34,9 @@ test: .venv/installed
 
 lab: .venv/installed
 	@$(BIN)/nbdev_export
-	@$(BIN)/jupyter lab nbs/index.ipynb
+	@test -f data/onboard/manifest.json || $(BIN)/python -m nanomoe.data onboard
+	@test -f data/numbers/manifest.json || $(BIN)/python -m nanomoe.data numbers
+	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $$(test $$(id -u) -ne 0 || echo --allow-root)
 
 cuda:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then $(PYTHON) tools/cuda.py $(ARGS); \

@@ -46,7 +46,7 @@ class ModelConfig:
     capacity_over: Literal['micro_batch', 'sequence'] = 'micro_batch'  # which tokens share a queue
     priority: Literal['choice', 'token', 'gate'] = 'choice'  # who is first in it: first choices, early tokens, large gates
     balance: Literal['none', 'switch', 'nano_moe', 'sequence', 'bias'] = 'switch'  # what evens out the load
-    balance_over: Literal['micro_batch', 'global'] = 'micro_batch'  # whose choices count: global is all processes'
+    balance_over: Literal['micro_batch', 'global'] = 'micro_batch'  # whose choices count: global is those of all processes at once, so it depends on how many there are
     bias_rate: float = 0.001  # step of balance='bias', which moves a bias on the choice and adds no loss
     balance_weight: float = 0.01  # weight of the balance loss, summed over layers
     z_weight: float = 0.001  # weight of the router z-loss, summed over layers
@@ -123,6 +123,10 @@ def one_sentence():
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         sys.exit(141)                                                   # as SIGPIPE would have ended it
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)): raise
+        print(f'there is not enough memory for this ({str(e).splitlines()[0][:200] if str(e) else "MemoryError"})', file=sys.stderr, flush=True)
+        sys.exit(2)
     except BadInput as e:
         if os.environ.get('RANK') not in (None, '', '0'): time.sleep(5)
         print(e, file=sys.stderr, flush=True)

@@ -75,12 +75,16 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, keep_logits: bool = True,
                 cache: list[KVCache] | None = None) -> GPTOutput:
-        "Token ids (B, T), and those that follow, -1 for none; with a cache, idx continues what it holds."
+        """Token ids (B, T), and those that follow, -1 for none; with a cache, idx continues what it holds.
+
+        The balance and z losses are of all tokens that are routed, also of those whose target is -1 (padding).
+        """
         x, routings = self.hidden(idx, cache)                           # (B, T, C)
         logits = F.linear(x, self.wte.weight) if keep_logits or targets is None else None      # (B, T, V)
         if targets is None: return GPTOutput(logits, None, routings)
         if logits is not None:
-            ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction='sum')
+            ce = nats / (targets >= 0).sum().clamp(min=1)
         else: ce = head_loss(x.flatten(0, 1), self.wte.weight, targets.flatten())
         return GPTOutput(logits, total_loss(ce, routings, self.cfg, idx.size(0)), routings)
 

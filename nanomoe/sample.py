@@ -96,7 +96,10 @@ def rows_compete(cfg: ModelConfig) -> bool:
 # %% ../nbs/13_sample.ipynb #load
 def load(where: str | Path, device: str = 'auto'):
     "(model, tokenizer) of a run or one of its steps, gpt2…, a folder of `transformers` or a ckpt.pt; or `BadInput`."
-    return load_model(where).to(find_device(device)).eval(), tokenizer_of(where)
+    model, tokenizer = load_model(where), tokenizer_of(where)
+    if tokenizer.n_vocab > (V := model.cfg.vocab_size):
+        raise BadInput(f'the tokenizer of {where} has {tokenizer.n_vocab} entries, more than the model, whose vocab_size is {V}')
+    return model.to(find_device(device)).eval(), tokenizer
 
 def prompt(tokenizer, text: str) -> Tensor:
     "Ids (1, T) that begin a text: the end of a document, then the text."
@@ -106,7 +109,9 @@ def stream(tokenizer, ids: Iterable[int]) -> Iterator[str]:
     "Text of token ids as they come; a character whose bytes are not complete yet waits for the rest."
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     for i in ids:
-        if i == tokenizer.eot_token: yield '\n'
+        if i == tokenizer.eot_token:
+            yield decoder.decode(b'', final=True) + '\n'                # what the document's end cut off
+            decoder.reset()
         else: yield decoder.decode(tokenizer.decode_single_token_bytes(i))
     yield decoder.decode(b'', final=True)
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names', 'routing_stats', 'Health', 'health', 'Record',
            'evaluate', 'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Level', 'Trainer',
-           'together', 'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'check_folder',
-           'is_run', 'open_data', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume',
-           'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'hold',
-           'routed_text', 'train', 'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show',
-           'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave', 'train_all']
+           'together', 'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'open_data',
+           'finish_comparison', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume',
+           'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'claim',
+           'keep_folder', 'routed_text', 'train', 'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line',
+           'show', 'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
-import ctypes, dataclasses, fcntl, gc, importlib.util, json, math, os, platform, re, shlex, shutil, signal, subprocess, sys
+import ctypes, dataclasses, fcntl, gc, importlib.util, json, math, os, platform, re, secrets, shlex, shutil, signal, subprocess, sys
 import threading, time, traceback
 from collections.abc import Iterator
 from concurrent import futures
@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint
-from .checkpoint import Lines, cut_log, read_log, write_whole
+from .checkpoint import Lines, check_folder, cut_log, hold, read_log, write_whole
 from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence, parse,
                             resolve, say, to_dict)
-from .data import (TokenFile, all_windows, batch_at, load_tokenizer, mixed, n_windows, prepare, some_windows,
+from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokenizer, mixed, n_windows, prepare, some_windows,
                           target_domains, token_bytes, training_batch)
 from .experts import MoE
 from .losses import update_bias
@@ -307,6 +307,7 @@ class Trainer:
         self.micro_batches = my_micro_batches(cfg.gradient_accumulation_steps, world)
         if not cfg.eval_only: check_folder(self.out_dir)
         self.data, self.val = open_data(cfg.dataset, model_cfg.block_size)
+        self.comparing = compared_later(self.data, self.val)
         self.model_cfg = fit_vocabulary(model_cfg, self.data)
         resumed = find_resume(self)
         torch.manual_seed(cfg.seed)
@@ -317,6 +318,7 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stop, self.halt = StopRequest(), False
         self.saver, self.level, self.newest = checkpoint.Saver(), Level(), None
+        self.vocabulary = (self.data.folder/'tokenizer.json').read_text()
         self.log, self.samples = Lines(self.out_dir/'log.jsonl'), Lines(self.out_dir/'samples.jsonl')
         if resumed: restore(self, resumed)
         data, B, T = self.data, cfg.batch_size, self.model_cfg.block_size
@@ -420,24 +422,6 @@ def validate(run: Trainer, everything: bool) -> dict:
     return evaluate(run.model, run.val, starts, B, run.autocast, run.world)
 
 # %% ../nbs/12_train.ipynb #trainer-helpers
-def check_folder(folder: Path):
-    "Raise `BadInput` unless a run can be written into the folder, which must not hold the files of another program."
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f'out_dir {folder} cannot be written: {there} is {"read-only" if there.is_dir() else "a file"}')
-    theirs = [name for name in ('config.json', 'tokenizer.json', 'log.jsonl', 'samples.jsonl') if (folder/name).exists()]
-    if theirs and not is_run(folder):
-        raise BadInput(f'out_dir {folder} holds the {theirs[0]} of another program; use another --out_dir')
-
-def is_run(folder: Path) -> bool:
-    "Whether a folder holds a run of ours: by its lock, or by its settings, which a copy without dot files has too."
-    if (folder/'.lock').exists(): return True
-    for path, part in [(folder/'config.json', lambda found: found), *((p/'meta.json', lambda found: found['config']) for p in checkpoint.steps(folder))]:
-        try: settings = part(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError): continue
-        if isinstance(settings, dict) and {'out_dir', 'n_experts', 'gradient_accumulation_steps'} <= settings.keys(): return True
-    return False
-
 def open_data(dataset: str, block_size: int) -> tuple[TokenFile, TokenFile]:
     "The training and validation split; the preset `tiny` has its arithmetic written on first use."
     if dataset == 'numbers' and not (resolve('data/numbers')/'manifest.json').exists(): write_numbers()
@@ -446,6 +430,13 @@ def open_data(dataset: str, block_size: int) -> tuple[TokenFile, TokenFile]:
     if load_tokenizer(train.folder).n_vocab != train.vocab_size:
         raise BadInput(f'{train.folder} holds a tokenizer that is not its own; prepare the dataset again')
     return train, val
+
+def finish_comparison(run: Trainer):
+    "Wait until all data is compared; raises `BadInput` where it is damaged."
+    while not run.comparing.done():
+        run.world.beat()
+        time.sleep(0.01)
+    run.comparing.result()
 
 # %% ../nbs/12_train.ipynb #trainer-data
 def write_numbers():
@@ -486,6 +477,7 @@ def save(run: Trainer, halt: bool):
     if not halt and futures.wait([run.saver.writing], limit).not_done:
         say(f'step {run.step}: the checkpoint before is still being written, so this one is left out', sys.stderr)
         return
+    keep_folder(run)
     saved(run)                                                          # the one before
     for lines in (run.samples, run.log): lines.write(sync=True)         # none before this step may be missing later
     names = parameter_names(run.model, run.optimizer)
@@ -588,22 +580,26 @@ def begin_files(run: Trainer):
     if any_process(run, problem is not None): raise problem or BadInput(f'the first process cannot write {run.out_dir}')
 
 def write_files(run: Trainer):
-    run.out_dir.mkdir(parents=True, exist_ok=True)
-    run.lock = hold(run.out_dir)
+    claim(run)
     checkpoint.sweep(run.out_dir)
-    write_whole(run.out_dir/'config.json', json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
-    write_whole(run.out_dir/'tokenizer.json', (run.data.folder/'tokenizer.json').read_text())
     cut_log(run.log.path, run.step)
     logged = [0] + [row['step'] for row in read_log(run.log.path)]
     cut_log(run.samples.path, logged[-1])                               # an evaluation's line comes after its samples
 
-def hold(folder: Path):
-    "Keep other processes from writing a run into the folder, until this one ends or the returned file is closed."
-    lock = open(folder/'.lock', 'a')
-    try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f'another process is writing the run in {folder}; wait for its end, or use another --out_dir') from None
-    return lock
+def claim(run: Trainer):
+    "Make the run's folder, hold it, and write what its readers need."
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    run.lock = hold(run.out_dir)
+    write_whole(run.out_dir/'config.json', json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
+    write_whole(run.out_dir/'tokenizer.json', run.vocabulary)
+
+def keep_folder(run: Trainer):
+    "Make the run's folder anew where it was deleted or renamed; raises `BadInput` where another process has it now."
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(run.lock.fileno()), os.stat(run.out_dir/'.lock')): return
+    say(f'{run.out_dir} was deleted or renamed; it is made anew, and the run goes on', sys.stderr)
+    run.lock.close()
+    claim(run)
 
 # %% ../nbs/12_train.ipynb #samples
 @torch.no_grad()
@@ -633,7 +629,11 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
         run = Trainer(model_cfg, train_cfg, launched_world(train_cfg.device))
         with process_group(train_cfg.device, train_cfg.backend, train_cfg.hang_timeout) as world, together(run, world):
             if world.device.type == 'cpu': keep_freed_memory()
-            if train_cfg.eval_only: yield evaluation(run); return       # it leaves the folder as it is
+            if train_cfg.eval_only:                     # it leaves the folder as it is
+                record = evaluation(run)
+                finish_comparison(run)
+                yield record
+                return
             begin_files(run)
             with run.stop:
                 try: yield from records(run)
@@ -656,6 +656,7 @@ def records(run: Trainer) -> Iterator[Record]:
     if any_process(run, run.world.first and owes_line(run)): yield log(run)
     clock, since = time.perf_counter(), run.step
     while run.step < run.cfg.max_iters:
+        if run.comparing.done(): run.comparing.result()
         stats, norm = update(run)
         halt, logging = run.halt, due(run, 'log')
         if halt or logging or due(run, 'checkpoint'):
@@ -667,6 +668,7 @@ def records(run: Trainer) -> Iterator[Record]:
             yield log(run)
             clock, since = time.perf_counter(), run.step
         if halt: return
+    finish_comparison(run)
 
 def owes_line(run: Trainer) -> bool:
     "Whether the process before, cut off between a checkpoint and its line in the log, left that line to be written."
@@ -681,6 +683,7 @@ def log(run: Trainer) -> Record:
     record = run.newest
     if due(run, 'eval'): record = record._replace(val=validate(run, everything=run.step == run.cfg.max_iters))
     if run.world.first:
+        keep_folder(run)
         for row in routed_text(run) if record.val else []: run.samples.append(row)
         run.log.append(record.row())
     return record
@@ -763,11 +766,14 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
 
 # %% ../nbs/12_train.ipynb #command-end
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
-    "A wandb run when it is asked for, else None."
+    "A wandb run when it is asked for, else None; a continued run goes on in the same."
     if cfg.tracker == 'none': return None
     import wandb
-    return wandb.init(project='nanomoe', name=cfg.run_name or Path(cfg.out_dir).name,
-                      config=to_dict(model_cfg, cfg), dir=resolve(cfg.out_dir))
+    folder = resolve(cfg.out_dir)
+    if not (note := folder/'wandb-id.txt').exists(): write_whole(note, secrets.token_hex(4))
+    try: return wandb.init(project='nanomoe', name=cfg.run_name or folder.name, id=note.read_text().strip(), resume='allow',
+                           config=to_dict(model_cfg, cfg), dir=folder)
+    except wandb.Error as e: raise BadInput(f'tracker wandb cannot begin: {e}') from None
 
 def leave(code: int):
     "Exit with `code`. Under torchrun, skip the process group's teardown, which could block on other ranks after an error."

@@ -263,7 +263,7 @@ def test_a_run_copied_without_dot_files_is_a_run(small_run, tmp_path):
     "By its settings; by its checkpoints' where even those are gone."
     for lost in ((), ('config.json',)):
         copy = shutil.copytree(small_run, tmp_path/f'copy{len(lost)}', ignore=shutil.ignore_patterns('.*', *lost))
-        assert train.is_run(copy)
+        assert checkpoint.is_run(copy)
         words = ['nanomoe.train', 'tiny', f'--dataset={small_run.parent}/data', '--block_size=16', '--device=cpu', '--max_iters=3', '--warmup_iters=1',
                  '--lr_decay_iters=2', '--eval_interval=3', '--checkpoint_interval=3', f'--out_dir={copy}']
         done = as_program(*words)
