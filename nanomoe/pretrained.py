@@ -47,6 +47,9 @@ def with_weights(cfg: ModelConfig, tensors: dict[str, Tensor]) -> GPT:
     "A model of this shape with these weights; raises `BadInput` naming the first that does not fit, before it is made."
     if cfg.n_layer > len(tensors): raise BadInput(f'the weights must be of n_layer={cfg.n_layer} layers, got {len(tensors)} arrays')
     with torch.device('meta'): check_fit(GPT(cfg), tensors)
+    for name, t in tensors.items():
+        if t.layout != torch.strided or t.is_quantized or t.is_meta or t.untyped_storage().nbytes() < t.nbytes:
+            raise BadInput(f'the weight {name} is no plain array of numbers')
     return fill(GPT(cfg), tensors)
 
 def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
@@ -65,8 +68,6 @@ def check_fit(model: GPT, tensors: dict[str, Tensor]):
         if wanted[name].shape != tensor.shape:
             raise BadInput(f'the weight {name} must have shape {tuple(wanted[name].shape)}, '
                            f'got {tuple(tensor.shape)}')
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise BadInput(f'the weight {name} is no plain array')
 
 # %% ../nbs/10_pretrained.ipynb #from-gpt2
 def from_gpt2(state_dict: dict[str, Tensor], cfg: ModelConfig) -> GPT:

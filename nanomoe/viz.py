@@ -96,8 +96,9 @@ def frame(ax: Axes, title: str = '', **labels):
     ax.set(**labels)
 
 def plain(text: str) -> str:
-    "Text that matplotlib shows as it is: a pair of dollar signs would be a formula."
-    return text.replace('$', r'\$')
+    "Text that matplotlib shows as it is: a pair of dollar signs would be a formula, what its font lacks a box."
+    glyphs = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont('DejaVu Sans')).get_charmap()
+    return ''.join(ch if ord(ch) in glyphs else ascii(ch)[1:-1] for ch in text).replace('$', r'\$')
 
 def some(n: int, most: int = 16) -> range:
     "Which of n ticks to label, so that at most `most` are."

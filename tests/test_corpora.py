@@ -487,3 +487,96 @@ def test_more_names_than_domains_says_what_helps(tmp_path):
     with pytest.raises(BadInput, match='at most 64 domains.*name a folder, or quote a pattern'):
         data.prepare(sorted(tmp_path.glob('*.txt')), tmp_path/'out', 'bytes')
     data.prepare(tmp_path, tmp_path/'out', 'bytes')
+
+
+def test_exact_copies_stay_on_one_side_of_the_split(tmp_path):
+    (tmp_path/'texts').mkdir()
+    texts = [f'page {i % 30} of many\n' * 20 for i in range(300)]       # each ten times, under ten names
+    for i, text in enumerate(texts): (tmp_path/'texts'/f'{i}.md').write_text(text)
+    data.prepare(str(tmp_path/'texts'), tmp_path/'made', 'bytes', held_out=0.3)
+    learnt, held_out = (pages_of(tmp_path/'made', split) for split in ('train', 'val'))
+    assert learnt and held_out and not learnt & held_out and len(learnt | held_out) == 30
+
+
+def pages_of(folder, split) -> set[str]:
+    "The documents of a dataset of bytes."
+    return {page for page in ''.join(map(chr, tokens(folder, split))).split(chr(256)) if page}
+
+
+def test_what_a_folder_holds_besides_is_told_and_can_be_asked_for(tmp_path, capsys):
+    (tmp_path/'texts').mkdir()
+    for name, content in (('a.txt', b'alpha ' * 99), ('b.TXT', b'beta ' * 99), ('c.rst', b'gamma ' * 99), ('d.rst', b'delta ' * 99), ('e.c', b'int x;' * 99), ('f.txt', 'naïve '.encode('latin-1') * 99)):
+        (tmp_path/'texts'/name).write_bytes(content)
+    def read(**options) -> str:
+        data.prepare(str(tmp_path/'texts'), tmp_path/'made', 'bytes', **options)
+        return ''.join(chr(i) if i < 256 else ' ' for split in ('train', 'val') for i in tokens(tmp_path/'made', split))
+    with pytest.raises(BadInput, match='f.txt is not UTF-8 text: byte 2 .* say --errors replace or --errors skip'): read()
+    text = read(errors='skip')
+    assert 'alpha' in text and 'beta' in text and 'gamma' not in text and 'na' not in text
+    said = capsys.readouterr().err
+    assert '3 files of other endings are not read (.rst 2, .c 1); --endings chooses which are' in said
+    assert f'1 files that are not UTF-8 are left out: {tmp_path}/texts/f.txt' in said
+    assert '\xef\xbf\xbd' in read(errors='replace') and '1 files that are not UTF-8 are read with U+FFFD' in capsys.readouterr().err
+    text = read(endings='rst, .C')
+    assert 'gamma' in text and 'delta' in text and 'int x' in text and 'alpha' not in text
+
+
+def test_rows_of_json_with_nulls_long_lines_and_other_columns(tmp_path, monkeypatch):
+    path = tmp_path/'rows.jsonl'
+    path.write_text('{"text": null}\n{"text": "one", "kind": null}\n{"words": 1, "id": 2}\n')
+    rows = data.file_documents(path, ('text',))
+    assert next(rows).text == 'one'
+    with pytest.raises(BadInput, match=r'line 3 must be a JSON object with a string under "text" \(it has words, id; say which with --text_column\)'): next(rows)
+    monkeypatch.setattr(data, 'LONGEST', 100)
+    path.write_text('{"text": "' + 'x' * 100 + '"}\n')
+    with pytest.raises(BadInput, match='line 1 must be at most 100 bytes long'): list(data.file_documents(path))
+
+
+def test_every_domain_has_files_of_its_own_on_any_file_system():
+    names = ['news 2024', 'news-2024', 'C', 'c', 'é', 'e\u0301', 'x' * 90, 'x' * 91, '..', 'a/b', 'a-b']
+    names += [data.file_name(name) for name in names]
+    made = [data.file_name(name) for name in names]
+    assert len({name.lower() for name in made}) == len({*names}) and all('/' not in name and len(name.encode()) < 200 for name in made)
+
+
+def test_a_kill_while_a_dataset_replaces_another_loses_neither(corpus, tmp_path, monkeypatch):
+    "Stopped at each of the calls that move and remove folders; the same call ends it."
+    source, folder = str(corpus/'pages.txt'), tmp_path/'made'
+    class Killed(BaseException): pass
+    data.prepare(source, folder, 'bytes')
+    for n in range(8):
+        with monkeypatch.context() as patched:
+            calls = iter(range(99))
+            for module, name in ((os, 'replace'), (shutil, 'rmtree')):
+                def one(*args, call=getattr(module, name), **kw):
+                    if next(calls) == n: raise Killed
+                    return call(*args, **kw)
+                patched.setattr(module, name, one)
+            try: data.prepare(source, folder, 'bytes', held_out=0.1 + n / 100)
+            except Killed: pass
+        data.prepare(source, folder, 'bytes', held_out=0.1 + n / 100)
+        assert 'every byte' in data.verify(folder) and [p.name for p in tmp_path.iterdir()] == ['made'], n
+
+
+def test_a_bit_that_flips_in_an_unfinished_dataset_is_found(tmp_path):
+    writer = data.ShardWriter(tmp_path, 'open', 257)
+    writer.add(np.arange(200, dtype=np.uint32))
+    mark = writer.mark()
+    writer.file.close()
+    content = bytearray((tmp_path/'open_000000.bin').read_bytes())
+    content[1100] ^= 1
+    (tmp_path/'open_000000.bin').write_bytes(content)
+    with pytest.raises(BadInput, match='is not what was written'): data.ShardWriter(tmp_path, 'open', 257, mark=mark)
+    content[1100] ^= 1
+    (tmp_path/'open_000000.bin').write_bytes(content)
+    writer = data.ShardWriter(tmp_path, 'open', 257, mark=mark)
+    with open(tmp_path/'open_000000.bin', 'r+b') as f: f.seek(1100); f.write(b'\xff')
+    with pytest.raises(BadInput, match='is not what was written'): writer.close()
+
+
+def test_columns_that_nobody_asked_for_are_not_decoded(tmp_path):
+    import pyarrow
+    broken = pyarrow.array([{'bytes': b'no image', 'path': None}] * 20, type=pyarrow.struct({'bytes': pyarrow.binary(), 'path': pyarrow.string()}))
+    table = pyarrow.table({'text': [f'row {i}' for i in range(20)], 'picture': broken})
+    datasets.Dataset(table).cast(datasets.Features({'text': datasets.Value('string'), 'picture': datasets.Image()})).save_to_disk(tmp_path/'saved')
+    assert [d.text for d in data.hub_source(str(tmp_path/'saved'), None, ('text',), 0.1, None).documents(17)] == ['row 17', 'row 18', 'row 19']
