@@ -148,11 +148,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
             for entry, value in state.items()}
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]):
-    "The inverse of `optimizer_tensors`."
-    state = {}
+    "The inverse of `optimizer_tensors`; raises `ValueError` for a parameter or a shape that the optimizer has not."
+    state, params = {}, [p for group in optimizer.param_groups for p in group['params']]
     for key, value in tensors.items():
         name, entry = key.split('|')
-        state.setdefault(names.index(name), {})[entry] = value
+        i = names.index(name)
+        if value.dim() and value.shape != params[i].shape: raise ValueError(f'{key} has shape {tuple(value.shape)}')
+        state.setdefault(i, {})[entry] = value
     optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
 
 # %% ../nbs/09_checkpoint.ipynb #lines

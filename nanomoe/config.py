@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'GPT2_SIZES', 'PRESETS', 'ModelConfig', 'TrainConfig', 'BadInput', 'say', 'launched_rank',
-           'one_sentence', 'nearest', 'check_name', 'field_names', 'to_dict', 'from_dict', 'model_problems',
-           'allowed_changes', 'train_problems', 'conflicts', 'check', 'gpt2_config', 'starting_point',
+           'one_sentence', 'nearest', 'check_name', 'field_names', 'to_dict', 'from_dict', 'check_kinds', 'spelled',
+           'model_problems', 'allowed_changes', 'train_problems', 'conflicts', 'check', 'gpt2_config', 'starting_point',
            'from_command_line', 'CommandLine', 'words_first', 'parse', 'home', 'resolve']
 
 # %% ../nbs/00_config.ipynb #imports
-import dataclasses, difflib, io, itertools, json, math, os, re, sys, time, tomllib
+import dataclasses, difflib, errno, io, itertools, json, math, os, re, sys, time, tomllib, types, typing
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,6 +123,11 @@ def one_sentence():
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         sys.exit(141)                                                   # as SIGPIPE would have ended it
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.ENAMETOOLONG): raise
+        if e.filename is None: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f'{e.strerror}: {str(e.filename or "what is to be written here")[:200]}', file=sys.stderr, flush=True)
+        sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)): raise
         print(f'there is not enough memory for this ({str(e).splitlines()[0][:200] if str(e) else "MemoryError"})', file=sys.stderr, flush=True)
@@ -153,9 +158,27 @@ def to_dict(model: ModelConfig, train: TrainConfig) -> dict:
 
 def from_dict(flat: dict) -> tuple[ModelConfig, TrainConfig]:
     "The inverse of `to_dict`; raises `BadInput` for a knob that does not exist."
+    if not isinstance(flat, dict): raise BadInput(f'settings must be names and their values, got {flat!r:.200}')
     for name in flat: check_name(name)
-    pick = lambda cls: cls(**{n: flat[n] for n in field_names(cls) if n in flat})
+    pick = lambda cls: check_kinds(cls(**{n: flat[n] for n in field_names(cls) if n in flat}))
     return pick(ModelConfig), pick(TrainConfig)
+
+def check_kinds(cfg):
+    "The settings; raises `BadInput` unless each value is of its field's kind, as what a file says need not be."
+    for name, kind in typing.get_type_hints(type(cfg)).items():
+        value, kinds = getattr(cfg, name), typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        def fits(kind) -> bool:
+            if typing.get_origin(kind) is Literal: return value in typing.get_args(kind)
+            if typing.get_origin(kind) is tuple: return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+            return type(value) is kind or kind is float and type(value) is int
+        if not any(map(fits, kinds)): raise BadInput(f'{name} must be {" or ".join(map(spelled, kinds))}, got {value!r:.200}')
+        if type(value) is int and abs(value) >= 2**63 and name != 'seed': raise BadInput(f'{name} must be below 2**63, got {str(value)[:30]}…')
+    return cfg
+
+def spelled(kind) -> str:
+    "A field's kind in a sentence."
+    if typing.get_origin(kind) is Literal: return 'one of ' + ', '.join(map(str, typing.get_args(kind)))
+    return {int: 'an integer', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}.get(kind, 'a list of texts')
 
 # %% ../nbs/00_config.ipynb #check-model
 def model_problems(m: ModelConfig) -> list[str]:

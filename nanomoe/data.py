@@ -340,8 +340,13 @@ def load_tokenizer(folder: Path):
         special = flat.get('special', {END: len(ranks)})
         if not special[END] >= 0 or not {*range(len(flat['ranks']))} <= {*ranks.values(), *special.values()}:
             raise ValueError('ids without a meaning')
-        return encoding(flat['name'], flat['pattern'], ranks, special)
+        made = encoding(flat['name'], flat['pattern'], ranks, special)
+        if made.name != 'chars' and made.decode(made.encode_ordinary('a b\n1')) != 'a b\n1': raise ValueError('its pattern loses text')
+        return made
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise BadInput(f'{path} holds no tokenizer ({e})') from None
+    except BaseException as e:                                          # a panic of the library, whose class it does not export
+        if type(e).__name__ != 'PanicException': raise
         raise BadInput(f'{path} holds no tokenizer ({e})') from None
 
 def check_characters(tokenizer, text: str, where: str):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .config import GPT2_SIZES, BadInput, ModelConfig, from_dict, gpt2_config, resolve
+from .config import GPT2_SIZES, BadInput, ModelConfig, check, from_dict, gpt2_config, resolve
 from .model import GPT
 
 # %% ../nbs/10_pretrained.ipynb #nanomoe-config
@@ -104,6 +104,7 @@ def load_run(out_dir: str | Path) -> GPT:
     if 'config' not in found.meta or 'model' not in found.tensors:
         raise BadInput(f'{found.path} holds no model with its configuration')
     cfg, _ = from_dict(found.meta['config'])
+    check(cfg)
     return with_weights(cfg, found.tensors['model'])
 
 def run_folder(path: str | Path) -> Path:

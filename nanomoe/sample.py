@@ -42,7 +42,9 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
     probs = logits.softmax(-1)
     if top_p >= 1: return probs
     ranked, order = probs.sort(descending=True)
-    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)       # the one that crosses top_p stays
+    over = ranked.cumsum(-1) - ranked >= top_p                          # the one that crosses top_p stays
+    over[:, 0] = False                                                  # so does the best, however small top_p is
+    ranked = ranked.masked_fill(over, 0.0)
     probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     return probs / probs.sum(-1, keepdim=True)
 

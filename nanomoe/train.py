@@ -36,7 +36,7 @@ from .losses import update_bias
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
 from .parallel import (Feed, World, all_reduce, deterministic, find_dtype, launched_world, my_micro_batches,
                               process_group, quietly, share_gradients)
-from .pretrained import initial_weights
+from .pretrained import fill, initial_weights
 from .router import Routing, expert_counts
 
 # %% ../nbs/12_train.ipynb #lr-at
@@ -513,6 +513,7 @@ def check_resume(found: checkpoint.Checkpoint, run: Trainer):
     def per_step(flat): return flat['batch_size'] * flat['gradient_accumulation_steps']
     if missing := {'config', 'data', 'skipped', 'scaler', 'level', 'record'} - found.meta.keys():
         raise BadInput(f'{found.path} lacks {", ".join(sorted(missing))}, as another version wrote it; use another --out_dir')
+    if not isinstance(found.meta['config'], dict): raise BadInput(f'{found.path} holds no settings; use another --out_dir')
     before = to_dict(ModelConfig(), TrainConfig()) | found.meta['config']   # defaults of knobs it did not know
     now = to_dict(run.model_cfg, run.cfg)
     knobs = {*dataclasses.asdict(run.model_cfg), 'optimizer', 'seed'} - set(allowed_changes(run.cfg))
@@ -533,14 +534,19 @@ def check_resume(found: checkpoint.Checkpoint, run: Trainer):
 
 # %% ../nbs/12_train.ipynb #restore
 def restore(run: Trainer, found: checkpoint.Checkpoint):
-    "Weights, optimiser and counters of a checkpoint."
-    run.model.load_state_dict(found.tensors['model'])
-    names = parameter_names(run.model, run.optimizer)
-    checkpoint.load_optimizer(run.optimizer, names, found.tensors['optim'])
-    if found.meta['scaler'] and run.scaler.is_enabled(): run.scaler.load_state_dict(found.meta['scaler'])
-    run.step, run.skipped, run.level = found.step, found.meta['skipped'], Level(*found.meta['level'])
-    newest = Record(*found.meta['record'])
-    run.newest = newest._replace(health=Health(*newest.health))
+    "Weights, optimiser and counters of a checkpoint; raises `BadInput` where they are not those of this run."
+    try:
+        fill(run.model, found.tensors['model'])
+        names = parameter_names(run.model, run.optimizer)
+        checkpoint.load_optimizer(run.optimizer, names, found.tensors['optim'])
+        if found.meta['scaler'] and run.scaler.is_enabled(): run.scaler.load_state_dict(found.meta['scaler'])
+        run.step, run.skipped, run.level = found.step, found.meta['skipped'], Level(*found.meta['level'])
+        newest = Record(*found.meta['record'])
+        run.newest = newest._replace(health=Health(*newest.health))
+        counts = (run.step, run.skipped, run.level.steps, run.level.spikes, newest.step, newest.tokens)
+        if any(type(n) is not int for n in counts) or any(type(x) not in (int, float) for x in run.level): raise TypeError('a count that is none')
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise BadInput(f'{found.path} cannot be continued from ({type(e).__name__}: {str(e).splitlines()[0]})') from None
 
 # %% ../nbs/12_train.ipynb #make-record
 def make_record(run: Trainer, stats: Tensor, norm: float, tok_per_s: float) -> Record:
@@ -646,7 +652,7 @@ def finish(run: Trainer):
     for lines in (run.samples, run.log): lines.write()
     written = written and run.samples.written and run.log.written
     run.lock.close()
-    if not written:
+    if not written and not isinstance(sys.exc_info()[1], BadInput):     # which says what is wrong
         raise RuntimeError(f'the end of the run could not be written; make room on the disk of {run.out_dir}, and the '
                            'same command goes on from the newest checkpoint there')
 

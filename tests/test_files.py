@@ -5,6 +5,8 @@ import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,9 @@ from hypothesis import HealthCheck, given, seed as seeded, settings
 from hypothesis import strategies as st
 
 from nanomoe import checkpoint, data, pretrained, sample, train
-from nanomoe.config import PRESETS, BadInput, field_names, parse
+from nanomoe.config import PRESETS, BadInput, ModelConfig, field_names, from_dict, one_sentence, parse
 from nanomoe.data import TokenFile, sealed
+from nanomoe.model import GPT
 
 HERE = Path(__file__).parent
 
@@ -308,3 +311,104 @@ def test_a_run_keeps_to_its_mixture(tmp_path):
     with pytest.raises(BadInput, match='holds a run on another mixture'): list(train.train(model, replace(run, max_iters=4)))
     prepared('9,1')
     assert list(train.train(model, replace(run, max_iters=4)))[-1].step == 4
+
+
+def test_a_log_is_json_whatever_the_loss_is(tmp_path):
+    lines = checkpoint.Lines(tmp_path/'log.jsonl')
+    lines.append(dict(step=1, ce=float('nan'), lr=1e-3, health=dict(entropy=[1.0, float('inf')])))
+    lines.append(dict(step=2, ce=2.0, kept=[None, [True]]))
+    def refuse(name): raise AssertionError(name)
+    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
+    assert rows[0]['ce'] is None and rows[0]['lr'] == 1e-3
+    first, second = checkpoint.read_log(tmp_path/'log.jsonl')
+    assert np.isnan(first['ce']) and np.isnan(first['health']['entropy'][1]) and second['kept'] == [None, [True]]
+    whole = (tmp_path/'log.jsonl').read_text()
+    checkpoint.cut_log(tmp_path/'log.jsonl', 1)
+    assert (tmp_path/'log.jsonl').read_text() == whole.splitlines(True)[0]
+
+
+def test_steps_of_nine_digits_names_that_lie_and_files_of_the_user(tmp_path):
+    root = saved(tmp_path, (99_999_998, 99_999_999, 100_000_000, 100_000_001))
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(root)] == [100_000_000, 100_000_001]
+    assert checkpoint.load_latest(root).step == 100_000_001
+    (root/'step-100000001').rename(root/'step-100000009')
+    assert checkpoint.load_latest(root).step == 100_000_000             # not an older one under a newer name
+    (root/'step-100000009'/'thesis.tex').write_text('mine')
+    saved(root, (100_000_009,))
+    assert checkpoint.load_latest(root).step == 100_000_009 and (root/'step-100000009-moved-1'/'thesis.tex').read_text() == 'mine'
+
+
+def test_data_too_large_to_compare_at_once_is_compared_while_it_trains(tmp_path, monkeypatch):
+    data.write_dataset(data.numbers_documents(60_000, lines=20), tmp_path/'ds', 'bytes')
+    model, run = PRESETS['tiny']
+    run = replace(run, dataset=str(tmp_path/'ds'), out_dir=str(tmp_path/'run'), device='cpu', max_iters=2, warmup_iters=1)
+    monkeypatch.setattr(data, 'QUICK', 10)
+    assert list(train.train(model, run))[-1].step == 2
+    shard = tmp_path/'ds'/TokenFile(tmp_path/'ds', 'train').manifest['splits']['train']['shards'][0]['file']
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    for knobs in (dict(max_iters=4), dict(eval_only=True)):
+        with pytest.raises(BadInput, match='is damaged: not what was written'): list(train.train(model, replace(run, **knobs)))
+
+
+def test_a_folder_that_is_deleted_under_a_run_is_made_anew_or_left_to_its_new_owner(dataset, tmp_path, capsys):
+    model, run = PRESETS['tiny']
+    run = replace(run, dataset=str(dataset), out_dir=str(tmp_path/'run'), device='cpu', max_iters=6, warmup_iters=1, log_interval=1, checkpoint_interval=1)
+    records = train.train(model, run)
+    next(records), next(records)
+    shutil.rmtree(tmp_path/'run')
+    list(records)
+    assert 'was deleted or renamed; it is made anew' in capsys.readouterr().err
+    assert {'.lock', 'config.json', 'tokenizer.json', 'step-00000006'} <= {path.name for path in (tmp_path/'run').iterdir()}
+    shutil.rmtree(tmp_path/'run')
+    records = train.train(model, run)
+    next(records)
+    (tmp_path/'run').rename(tmp_path/'other')
+    code = f'import time, pathlib; from nanomoe.checkpoint import hold; p = pathlib.Path({str(tmp_path/"run")!r}); p.mkdir(); l = hold(p); print("held", flush=True); time.sleep(60)'
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == 'held\n'
+        with pytest.raises(BadInput, match='another process is writing the run'): list(records)
+        owner.kill()
+
+
+@pytest.mark.parametrize('change', [dict(level='x'), dict(level=[1, 'x', 2, 3]), dict(record=[1, 2]), dict(step='x'), dict(skipped=None), dict(sha256={}),
+                                    dict(config=[]), dict(config=dict(n_layer='2'))], ids=str)
+def test_checkpoints_sealed_anew_are_refused(dataset, tmp_path, change):
+    model, run = PRESETS['tiny']
+    run = replace(run, dataset=str(dataset), out_dir=str(tmp_path/'run'), device='cpu', max_iters=1, warmup_iters=0)
+    list(train.train(model, run))
+    path = tmp_path/'run'/'step-00000001'/'meta.json'
+    flat = json.loads(path.read_text())
+    if isinstance(change.get('config'), dict): change = dict(config=flat['config'] | change['config'])
+    path.write_text(json.dumps(sealed({key: value for key, value in (flat | change).items() if key != 'seal'})))
+    with pytest.raises(BadInput): list(train.train(model, replace(run, max_iters=2)))
+    if 'config' in change:
+        with pytest.raises(BadInput): pretrained.load_model(tmp_path/'run')
+
+
+@pytest.mark.parametrize('flat', [dict(n_layer='2'), dict(router='evil'), [], dict(seed=True), dict(warmup_iters=10**400), dict(learning_rate=None)], ids=lambda f: str(f)[:30])
+def test_settings_of_a_wrong_kind(flat):
+    with pytest.raises(BadInput): from_dict(flat)
+
+
+def test_weights_that_only_claim_to_be_there(tmp_path):
+    shape = dict(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=4, dropout=0.0, bias=False)
+    whole = dict(GPT(ModelConfig(**shape)).state_dict())
+    cases = {'as it must be': (whole, {}), 'layers': (whole, dict(n_layer=10**9)), 'rows': (whole, dict(vocab_size=10**12)), 'none': (whole, dict(vocab_size=None)),
+             'sparse': (whole | {'wte.weight': torch.zeros(16, 4).to_sparse()}, {}), 'meta': (whole | {'wte.weight': torch.zeros(16, 4, device='meta')}, {}),
+             'expanded': (whole | {'wte.weight': torch.zeros(1).expand(10**6, 4)}, dict(vocab_size=10**6))}
+    for name, (weights, change) in cases.items():
+        torch.save(dict(model=weights, model_args=shape | change), tmp_path/'ckpt.pt')
+        if name == 'as it must be': pretrained.load_model(tmp_path/'ckpt.pt'); continue
+        with pytest.raises(BadInput): pretrained.load_model(tmp_path/'ckpt.pt')
+
+
+@pytest.mark.parametrize('error, said', [(MemoryError(), 'not enough memory'), (RuntimeError("can't allocate memory: you tried"), 'not enough memory'),
+                                         (OSError(36, 'File name too long', 'aaa'), 'File name too long: aaa')])
+def test_what_a_machine_refuses_is_one_sentence(error, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        with one_sentence(): raise error
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match='something else'):
+        with one_sentence(): raise RuntimeError('something else')

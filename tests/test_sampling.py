@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomoe import sample
+from nanomoe import data, sample
 from nanomoe.config import PRESETS, ModelConfig
 from nanomoe.data import prepare
 from nanomoe.model import GPT
@@ -256,3 +256,21 @@ def test_the_command_stops(say):
     first, _ = both()
     stop = first[8:10].replace('\\', r'\\')
     assert both('--stop', stop, 'never said')[0] == first.split(first[8:10])[0]
+
+
+def test_bytes_of_two_documents_are_never_joined():
+    tokenizer = data.make_tokenizer('bytes', [], 0)
+    end = tokenizer.eot_token
+    assert ''.join(sample.stream(tokenizer, [*b'ab\xe2\x82', end, *b'\xacxy'])) == 'ab\ufffd\n\ufffdxy'
+
+
+def test_the_best_token_stays_however_small_top_p_is():
+    logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
+    assert sample.distribution(logits, top_p=1e-300).tolist() == [[0, 0, 1, 0]]
+
+
+def test_a_loss_without_targets_is_zero_on_both_ways_through_the_head():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8))
+    x, none = torch.randint(11, (2, 8)), torch.full((2, 8), -1)
+    assert model(x, none).losses.ce == 0 == model(x, none, keep_logits=False).losses.ce

@@ -560,3 +560,29 @@ def test_code_that_a_folder_brings_is_never_run(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'nanomoe.sample', tmp_path], input='y\n' * 9, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and 'holds no model that can be read' in done.stderr and 'wish to run' not in done.stdout + done.stderr
     assert not (tmp_path/'ran').exists()
+
+
+def test_what_an_export_says_to_other_programs(exported):
+    "transformers 4 would add token types to GPT-2's positions; a colleague reads what the folder's owner wrote."
+    for _, folder in exported.values():
+        flat = json.loads((folder/'tokenizer_config.json').read_text())
+        assert flat['model_input_names'] == ['input_ids', 'attention_mask'] and flat['pad_token'] == '<|endoftext|>'
+        assert len({path.stat().st_mode for path in folder.iterdir() if path.is_file()}) == 1
+
+
+def test_widths_that_transformers_cannot_multiply_are_refused():
+    knobs = dict(vocab_size=64, n_layer=1, n_head=2, positions='rotary', norm='rmsnorm', qk_norm=True, activation='swiglu', n_experts=3, gates='chosen')
+    assert architecture(ModelConfig(**knobs, n_embd=32, expert_width=48)) == 'qwen3_moe'
+    for width, C in ((50, 32), (24, 30)):
+        with pytest.raises(BadInput, match='n_embd and expert_width in multiples of 4'): architecture(ModelConfig(**knobs, n_embd=C, expert_width=width))
+
+
+def test_a_killed_export_leaves_nothing_to_the_next(exported, tmp_path):
+    _, folder = next(iter(exported.values()))
+    run = folder.with_name(folder.name.replace('-hf', '-run'))
+    left, running = tmp_path/'.tmp-out-999999999', tmp_path/f'.tmp-out-{os.getppid()}'
+    for folder in (left, running): (folder/'nanomoe').mkdir(parents=True)
+    (tmp_path/'.out.replaced'/'nanomoe').mkdir(parents=True)            # killed between the two names
+    (tmp_path/'.out.replaced'/'old').touch()
+    export_hf(run, tmp_path/'out')
+    assert {path.name for path in tmp_path.iterdir()} == {'out', running.name} and not (tmp_path/'out'/'old').exists()
