@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names', 'routing_stats', 'Health', 'health', 'Record',
-           'evaluate', 'validation_figures', 'peak_flops', 'keep_freed_memory', 'StopRequest', 'Level', 'Trainer',
-           'together', 'micro_batch', 'update', 'move_biases', 'count_skip', 'note_spike', 'validate', 'open_data',
-           'finish_comparison', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume',
-           'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'claim',
-           'keep_folder', 'routed_text', 'train', 'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line',
-           'show', 'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave', 'train_all']
+           'evaluate', 'validation_figures', 'StopRequest', 'Level', 'Trainer', 'together', 'micro_batch', 'update',
+           'move_biases', 'count_skip', 'note_spike', 'validate', 'open_data', 'finish_comparison', 'write_numbers',
+           'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume', 'check_resume', 'restore', 'make_record',
+           'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'claim', 'keep_folder', 'routed_text', 'train',
+           'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show', 'heading', 'summary', 'reached',
+           'main', 'watch', 'make_tracker', 'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
-import ctypes, dataclasses, fcntl, gc, importlib.util, json, math, os, platform, re, secrets, shlex, shutil, signal, subprocess, sys
+import dataclasses, fcntl, gc, importlib.util, json, math, os, platform, secrets, shlex, shutil, signal, subprocess, sys
 import threading, time, traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,7 +34,7 @@ from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokeni
 from .experts import MoE
 from .losses import update_bias
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
-from .parallel import (Feed, World, all_reduce, deterministic, find_dtype, launched_world, my_micro_batches,
+from .parallel import (Feed, World, all_reduce, deterministic, find_dtype, keep_freed_memory, launched_world, my_micro_batches, peak_flops,
                               process_group, quietly, share_gradients)
 from .pretrained import fill, initial_weights
 from .router import Routing, expert_counts
@@ -230,33 +230,6 @@ def validation_figures(sums: Tensor, load: Tensor, domains: list[str]) -> dict:
                     f'val_load_{name}': counts.long().tolist()}
     return out
 
-# %% ../nbs/12_train.ipynb #peak-flops
-_peaks = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12, 'G?H200': 989e12, 'A100': 312e12,
-          'GB200': 2500e12, 'B200': 2250e12, 'L40S': 362e12, 'RTX 3090': 71e12, 'RTX 4090': 165e12}
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    "FLOP/s of dense products: the maker's figure for a known GPU in 16 bits, else the best of a few, timed."
-    if device.type == 'cuda' and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        for known, peak in _peaks.items():
-            if re.search(rf'\b{known}\b(?!.*(MIG|Laptop| D\b| Ti\b))', name): return peak
-    n = 8192 if device.type == 'cuda' else 1024                         # on a GPU, smaller ones time the launch
-    a = torch.randn(n, n, device=device).to(dtype)
-    best, begun = math.inf, time.perf_counter()
-    while best == math.inf or time.perf_counter() - begun < 0.1:
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-# %% ../nbs/12_train.ipynb #keep-memory
-def keep_freed_memory():
-    "Let the C library of Linux keep freed memory for the next tensor: half of a step can otherwise go into page faults."
-    if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: no separate mapping for a large tensor
-        libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: give nothing back
-
 # %% ../nbs/12_train.ipynb #stop-request
 class StopRequest:
     """Notes SIGINT, SIGTERM and SIGHUP for the run to look at after each update; the third one interrupts at once.
@@ -320,6 +293,7 @@ class Trainer:
         self.saver, self.level, self.newest = checkpoint.Saver(), Level(), None
         self.vocabulary = (self.data.folder/'tokenizer.json').read_text()
         self.log, self.samples = Lines(self.out_dir/'log.jsonl'), Lines(self.out_dir/'samples.jsonl')
+        self.before = resumed.meta['config'] if resumed else None       # the settings with which it was saved
         if resumed: restore(self, resumed)
         data, B, T = self.data, cfg.batch_size, self.model_cfg.block_size
         self.feed = Feed(lambda number: training_batch(data, number * B, B, T, cfg.seed), world.device, world.size)
@@ -516,7 +490,7 @@ def check_resume(found: checkpoint.Checkpoint, run: Trainer):
     if not isinstance(found.meta['config'], dict): raise BadInput(f'{found.path} holds no settings; use another --out_dir')
     before = to_dict(ModelConfig(), TrainConfig()) | found.meta['config']   # defaults of knobs it did not know
     now = to_dict(run.model_cfg, run.cfg)
-    knobs = {*dataclasses.asdict(run.model_cfg), 'optimizer', 'seed'} - set(allowed_changes(run.cfg))
+    knobs = {*dataclasses.asdict(run.model_cfg), 'optimizer', 'seed', 'init_from'} - set(allowed_changes(run.cfg))
     changed = [f'{name}={before[name]} (asked for {now[name]})' for name in before
                if name in knobs and before[name] != now[name]]
     if per_step(before) != per_step(now):
@@ -624,10 +598,10 @@ def routed_text(run: Trainer, length: int = 128) -> Iterator[dict]:
     run.model.train()
 
 # %% ../nbs/12_train.ipynb #train
-def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
+def train(model_cfg: ModelConfig, train_cfg: TrainConfig, begun: Callable[[Trainer], None] | None = None) -> Iterator[Record]:
     """Train, or continue the run in `out_dir`, yielding a `Record` every `log_interval` steps and at evaluations.
 
-    Works alone or under torchrun; stopping early, by `break` or by a signal, leaves everything in order.
+    `begun` is called once everything is ready. Works alone or under torchrun; stopping early, by `break` or by a signal, leaves everything in order.
     Raises `BadInput` for settings that break a rule, and `RuntimeError` when the loss stays not finite.
     """
     check(model_cfg, train_cfg)
@@ -635,6 +609,7 @@ def train(model_cfg: ModelConfig, train_cfg: TrainConfig) -> Iterator[Record]:
         run = Trainer(model_cfg, train_cfg, launched_world(train_cfg.device))
         with process_group(train_cfg.device, train_cfg.backend, train_cfg.hang_timeout) as world, together(run, world):
             if world.device.type == 'cpu': keep_freed_memory()
+            if begun: begun(run)
             if train_cfg.eval_only:                     # it leaves the folder as it is
                 record = evaluation(run)
                 finish_comparison(run)
@@ -700,8 +675,9 @@ def live_line(r: Record, cfg: TrainConfig, bits: float, started: float, first: i
     loads = [[n / max(sum(layer), 1) for n in layer] for layer in r.load]
     experts = f'busiest expert {max(map(max, loads)):.0%}  dropped {r.drop_rate:.1%}  ' if loads else ''
     left = round((time.perf_counter() - started) / max(r.step - first, 1) * (cfg.max_iters - r.step))     # seconds
+    left = f'{left//60}:{left % 60:02} left' if r.step > first else ''      # unknown before a second line
     line = (f'step {r.step:>{len(str(cfg.max_iters))}}/{cfg.max_iters}  ce {r.ce:.3f}  {r.ce*bits:.3f} bits/byte  '
-            f'{r.tok_per_s:,.0f} tok/s  {experts}{left//60}:{left % 60:02} left')
+            f'{r.tok_per_s:,.0f} tok/s  {experts}{left}')
     return line + (f'  | held out: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else '')
 
 def show(line: str, keep: bool):
@@ -710,6 +686,22 @@ def show(line: str, keep: bool):
     else: print('\r\033[K' + line, end='\n' if keep else '', flush=True)
 
 # %% ../nbs/12_train.ipynb #summary
+def heading(run: Trainer) -> str:
+    "What a run is about to do, and what it continues."
+    cfg, (total, active) = run.cfg, n_params(run.model)
+    passes, processes = run.tokens_per_step * cfg.max_iters / len(run.data), run.world.size
+    lines = [f'model       {total:,} parameters, of which one token meets {active:,}',
+             f'data        {run.data.folder}: {len(run.data):,} tokens to train on',
+             f'step        {run.tokens_per_step:,} tokens; {cfg.max_iters:,} steps are {passes:.2g} times the data',
+             f'device      {run.world.device.type}, {str(run.dtype).removeprefix("torch.")}, {processes} process{"es" * (processes > 1)}',
+             f'folder      {run.out_dir}']
+    if run.before is None: return '\n'.join(lines)
+    before, now = to_dict(ModelConfig(), TrainConfig()) | run.before, to_dict(run.model_cfg, cfg)
+    changed = [f'{name} {before[name]} -> {now[name]}' for name in now if name != 'out_dir' and before[name] != now[name]]
+    goes_on = (f'continued from step {run.step}' if run.step < cfg.max_iters else
+               f'at step {run.step} of {cfg.max_iters} already; to train on, give a larger --max_iters')
+    return '\n'.join([*lines, f'            {goes_on}' + (f'; changed: {", ".join(changed)}' if changed else '')])
+
 def summary(out_dir: Path, data: TokenFile, model_cfg: ModelConfig, newest: Record | None = None) -> str:
     "What the run in `out_dir` has reached, by its newest record or its log, beside general compressors."
     rows = read_log(out_dir/'log.jsonl') + ([newest.row()] if newest else [])
@@ -754,7 +746,7 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
     if cfg.tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
         raise BadInput("tracker wandb needs the package wandb; install it with: pip install -e '.[wandb]'")
     first, started, bits, r, tracker = None, time.perf_counter(), 0.0, None, None
-    for r in train(model_cfg, cfg):
+    for r in train(model_cfg, cfg, lambda run: say(heading(run)) if speaks else None):
         if not speaks: continue
         if first is None:
             first, tracker = r.step, make_tracker(model_cfg, cfg)
@@ -768,6 +760,8 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
         if stopped: say(f'\nstopped after step {r.step}; the same command continues from there')
         data = TokenFile(cfg.dataset, 'val')
         say('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data), r))
+        out = os.path.relpath(resolve(cfg.out_dir))
+        if not (stopped or cfg.eval_only): say(f'next        python -m nanomoe.sample {out}, or python -m nanomoe.viz report {out}')
     return not stopped
 
 # %% ../nbs/12_train.ipynb #command-end

@@ -331,3 +331,18 @@ def test_a_dense_run_does_not_speak_of_experts(tmp_path, capsys):
         train.main(['tiny', f'--n_experts={n_experts}', '--max_iters=1', '--device=cpu', f'--out_dir={tmp_path}/{n_experts}'])
         line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('step 1/1'))
         assert ('busiest expert' in line) == ('dropped' in line) == (n_experts > 1), line
+
+
+def test_a_start_says_what_it_does_and_what_it_continues(tmp_path, capsys):
+    def said(*words) -> str:
+        train.main(['tiny', '--device=cpu', '--warmup_iters=1', '--log_interval=1', f'--out_dir={tmp_path}/run', *words])
+        return capsys.readouterr().out
+    first = said('--max_iters=2')
+    assert first.index('model ') < first.index('1 process') < first.index('step 1/2') < first.index('next ') and 'continued' not in first
+    assert 'left' not in next(line for line in first.splitlines() if line.startswith('step 1/2'))
+    assert 'at step 2 of 2 already; to train on, give a larger --max_iters' in said('--max_iters=2')
+    assert 'continued from step 2; changed: learning_rate 0.003 -> 0.001, max_iters 2 -> 3' in said('--max_iters=3', '--learning_rate=1e-3').replace(
+        'max_iters 2 -> 3, learning_rate 0.003 -> 0.001', 'learning_rate 0.003 -> 0.001, max_iters 2 -> 3')
+    for words in ([], ['--eval_only']):
+        with pytest.raises(SystemExit) as stop: said('--max_iters=4', f'--init_from={tmp_path}/run', *words)
+        assert stop.value.code == 2 and 'holds a run with init_from=scratch' in capsys.readouterr().err
