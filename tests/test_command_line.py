@@ -343,6 +343,6 @@ def test_a_start_says_what_it_does_and_what_it_continues(tmp_path, capsys):
     assert 'at step 2 of 2 already; to train on, give a larger --max_iters' in said('--max_iters=2')
     assert 'continued from step 2; changed: learning_rate 0.003 -> 0.001, max_iters 2 -> 3' in said('--max_iters=3', '--learning_rate=1e-3').replace(
         'max_iters 2 -> 3, learning_rate 0.003 -> 0.001', 'learning_rate 0.003 -> 0.001, max_iters 2 -> 3')
-    for words in ([], ['--eval_only']):
+    for words in ([], ['--eval_only=True']):
         with pytest.raises(SystemExit) as stop: said('--max_iters=4', f'--init_from={tmp_path}/run', *words)
         assert stop.value.code == 2 and 'holds a run with init_from=scratch' in capsys.readouterr().err
