@@ -348,8 +348,10 @@ def test_data_too_large_to_compare_at_once_is_compared_while_it_trains(tmp_path,
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
     shard.write_bytes(content)
-    for knobs in (dict(max_iters=4), dict(eval_only=True)):
-        with pytest.raises(BadInput, match='is damaged: not what was written'): list(train.train(model, replace(run, **knobs)))
+    for knobs in (dict(max_iters=4), dict(max_iters=100_000, log_interval=1), dict(eval_only=True)):
+        with pytest.raises(BadInput, match='is damaged: not what was written'):
+            for record in train.train(model, replace(run, **knobs)):
+                assert record.step < 1000, 'found at once, not at the end'
 
 
 def test_a_folder_that_is_deleted_under_a_run_is_made_anew_or_left_to_its_new_owner(dataset, tmp_path, capsys):
