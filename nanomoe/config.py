@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'GPT2_SIZES', 'PRESETS', 'ModelConfig', 'TrainConfig', 'BadInput', 'say', 'launched_rank',
-           'one_sentence', 'nearest', 'check_name', 'field_names', 'to_dict', 'from_dict', 'check_kinds', 'spelled',
-           'model_problems', 'allowed_changes', 'train_problems', 'conflicts', 'check', 'gpt2_config', 'starting_point',
-           'from_command_line', 'CommandLine', 'words_first', 'parse', 'home', 'resolve']
+           'one_sentence', 'unheard', 'nearest', 'check_name', 'field_names', 'to_dict', 'from_dict', 'check_kinds',
+           'spelled', 'model_problems', 'allowed_changes', 'train_problems', 'conflicts', 'check', 'gpt2_config',
+           'starting_point', 'from_command_line', 'CommandLine', 'words_first', 'parse', 'home', 'resolve']
 
 # %% ../nbs/00_config.ipynb #imports
 import dataclasses, difflib, errno, io, itertools, json, math, os, re, sys, time, tomllib, types, typing
@@ -136,6 +136,16 @@ def one_sentence():
         if os.environ.get('RANK') not in (None, '', '0'): time.sleep(5)
         print(e, file=sys.stderr, flush=True)
         sys.exit(2)
+
+@contextmanager
+def unheard():
+    "What a library writes to stderr past Python, such as a panic of Rust's, goes nowhere."
+    heard, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try: yield
+    finally:
+        os.dup2(heard, 2)
+        os.close(heard); os.close(nowhere)
 
 # %% ../nbs/00_config.ipynb #check-name
 def nearest(word: str, words) -> str:
@@ -278,6 +288,7 @@ def check(model: ModelConfig, train: TrainConfig | None = None):
 
     With `train` given, what can be built but not trained is refused too.
     """
+    for cfg in (model, train): cfg and check_kinds(cfg)
     problems = model_problems(model)
     if train is not None: problems += train_problems(train) + conflicts(model)
     if problems: raise BadInput('\n'.join(problems))

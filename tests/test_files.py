@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, seed as seeded, settings
 from hypothesis import strategies as st
 
 from nanomoe import checkpoint, data, pretrained, sample, train
-from nanomoe.config import PRESETS, BadInput, ModelConfig, field_names, from_dict, one_sentence, parse
+from nanomoe.config import PRESETS, BadInput, ModelConfig, check, field_names, from_dict, one_sentence, parse
 from nanomoe.data import TokenFile, sealed
 from nanomoe.model import GPT
 
@@ -392,6 +392,10 @@ def test_checkpoints_sealed_anew_are_refused(dataset, tmp_path, change):
 @pytest.mark.parametrize('flat', [dict(n_layer='2'), dict(router='evil'), [], dict(seed=True), dict(warmup_iters=10**400), dict(learning_rate=None)], ids=lambda f: str(f)[:30])
 def test_settings_of_a_wrong_kind(flat):
     with pytest.raises(BadInput): from_dict(flat)
+    if flat:
+        model, run = PRESETS["tiny"]
+        part = {"n_layer": model, "router": model}.get(next(iter(flat)), run)
+        with pytest.raises(BadInput): check(*(replace(part, **flat) if cfg is part else cfg for cfg in (model, run)))
 
 
 def test_weights_that_only_claim_to_be_there(tmp_path):
@@ -414,3 +418,11 @@ def test_what_a_machine_refuses_is_one_sentence(error, said, capsys):
     assert stop.value.code == 2 and said in capsys.readouterr().err
     with pytest.raises(RuntimeError, match='something else'):
         with one_sentence(): raise RuntimeError('something else')
+
+
+@pytest.mark.parametrize('change', [dict(pattern=''), dict(pattern='a*?'), dict(pattern='(' * 30 + 'a*' + ')*' * 30 + '(?!x)b|.')], ids=['empty', 'nothing', 'backtracks'])
+def test_patterns_on_which_the_library_panics(dataset, tmp_path, change, capfd):
+    flat = json.loads((dataset/'tokenizer.json').read_text()) | change
+    (tmp_path/'tokenizer.json').write_text(json.dumps(sealed({key: value for key, value in flat.items() if key != 'seal'})))
+    with pytest.raises(BadInput, match='holds no tokenizer'): data.load_tokenizer(tmp_path)
+    assert not capfd.readouterr().err
