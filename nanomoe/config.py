@@ -140,6 +140,7 @@ def one_sentence():
 @contextmanager
 def unheard():
     "What a library writes to stderr past Python, such as a panic of Rust's, goes nowhere."
+    if sys.__stderr__ is None: yield; return                            # closed: 2 is some other file by now
     heard, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try: yield
