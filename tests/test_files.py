@@ -367,7 +367,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_anew_or_left_to_its_new_ow
     records = train.train(model, run)
     next(records)
     (tmp_path/'run').rename(tmp_path/'other')
-    code = f'import time, pathlib; from nanomoe.checkpoint import hold; p = pathlib.Path({str(tmp_path/"run")!r}); p.mkdir(); l = hold(p); print("held", flush=True); time.sleep(60)'
+    code = f'import time, pathlib; from nanomoe.checkpoint import hold; p = pathlib.Path({str(tmp_path/"run")!r}); p.mkdir(exist_ok=True); l = hold(p); print("held", flush=True); time.sleep(60)'
     with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout.readline() == 'held\n'
         with pytest.raises(BadInput, match='another process is writing the run'): list(records)
