@@ -12,7 +12,7 @@ __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names
            'main', 'watch', 'make_tracker', 'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
-import dataclasses, fcntl, gc, importlib.util, json, math, os, platform, secrets, shlex, shutil, signal, subprocess, sys
+import dataclasses, gc, importlib.util, json, math, os, platform, secrets, shlex, shutil, signal, subprocess, sys
 import threading, time, traceback
 from collections.abc import Callable, Iterator
 from concurrent import futures
