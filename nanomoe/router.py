@@ -119,7 +119,8 @@ def make_router(cfg: ModelConfig) -> nn.Module:
     return {'expert_choice': ExpertChoiceRouter, 'hash': HashRouter}.get(cfg.router, TopKRouter)(cfg)
 
 # %% ../nbs/03_router.ipynb #load-of
-def expert_counts(r: Routing, n_experts: int) -> Tensor:
-    "How many of the N·K choices each expert got, (E,) float32, before any is dropped."
-    return torch.zeros(n_experts, device=r.expert_ids.device).index_add_(
-        0, r.expert_ids.flatten(), torch.ones(r.expert_ids.numel(), device=r.expert_ids.device))
+def expert_counts(r: Routing, n_experts: int, counted: Tensor | None = None) -> Tensor:
+    "Choices each expert got, (E,) float32, before any is dropped; of the tokens that are 1 in `counted` (N,), or of all."
+    ids, device = r.expert_ids, r.expert_ids.device
+    ones = torch.ones(ids.numel(), device=device) if counted is None else counted.float().repeat_interleave(ids.size(1))
+    return torch.zeros(n_experts, device=device).index_add_(0, ids.flatten(), ones)

@@ -496,3 +496,29 @@ def test_a_layer_on_its_own_is_drawn_as_a_model_is():
     initialise(layer, cfg)
     for w in (layer.router.score.weight, layer.experts.c_fc, layer.shared.c_fc.weight): assert abs(w.std() / 0.02 - 1) < 0.1
     for w in (layer.experts.c_proj, layer.shared.c_proj.weight): assert abs(w.std() / (0.02 / 4) - 1) < 0.1    # √(2·8) = 4
+
+
+@pytest.mark.parametrize('change', [dict(), dict(balance='sequence'), dict(gates='chosen'), dict(router='sigmoid')])
+def test_padding_counts_in_no_loss(change):
+    "What stands after the last target changes neither value nor gradient, and the losses are those of the rows without it."
+    cfg = ModelConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, n_experts=4, moe_every=1, balance_weight=0.1, **change)
+    torch.manual_seed(0)
+    model = GPT(cfg)
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.5)
+    x, y = torch.randint(11, (2, 4, 8))
+    y[:, 5:] = -1
+    def losses_and_gradients(x, y):
+        model.zero_grad()
+        losses = model(x, y, keep_logits=False).losses
+        losses.total.backward()
+        return [*losses, *(p.grad for p in model.parameters())]
+    padded, other = x.clone(), x.clone()
+    other[:, 5:] = torch.randint(11, (4, 3))
+    torch.testing.assert_close(losses_and_gradients(padded, y), losses_and_gradients(other, y))
+    cut = [t.contiguous() for t in (x[:, :5], y[:, :5])]
+    whole, short = losses_and_gradients(padded, y), losses_and_gradients(*cut)
+    torch.testing.assert_close(whole, short, rtol=1e-4, atol=1e-5)
+    y[3] = -1                                                           # a row of padding alone has no say either
+    torch.testing.assert_close(losses_and_gradients(x, y), losses_and_gradients(x[:3], y[:3]), rtol=1e-4, atol=1e-5)
+    empty = model(x, torch.full_like(y, -1)).losses
+    assert empty.total == 0 and empty.balance == 0
