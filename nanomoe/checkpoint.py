@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fsync', 'sha256', 'save', 'check_room', 'write_tensors', 'steps', 'step_of', 'put_aside', 'Checkpoint', 'load',
            'load_latest', 'sweep', 'Saver', 'optimizer_tensors', 'load_optimizer', 'cut_log', 'write_whole', 'read_log',
-           'log_lines', 'Lines', 'finite', 'best_step', 'check_folder', 'is_run', 'hold']
+           'log_lines', 'Lines', 'finite', 'evaluations', 'best_step', 'check_folder', 'is_run', 'hold']
 
 # %% ../nbs/09_checkpoint.ipynb #imports
 import errno, fcntl, hashlib, itertools, json, math, os, re, shutil, sys
@@ -221,9 +221,12 @@ def finite(value):
     if isinstance(value, list | tuple): return [*map(finite, value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-def best_step(folder: Path) -> int | None:
-    "Of the checkpoints in the folder, the step with the lowest held-out loss on as many batches as are usual now."
-    rows = [row for row in read_log(folder/'log.jsonl') if {'val_ce', 'val_tokens'} <= row.keys()]
+def evaluations(rows: list[dict]) -> list[dict]:
+    "Of the lines of a log, those with a held-out loss."
+    return [row for row in rows if {'val_ce', 'val_tokens'} <= row.keys()]
+
+def best_step(folder: Path, rows: list[dict]) -> int | None:
+    "Of the checkpoints in the folder, the step with the lowest held-out loss in `rows`, on as many batches as are usual now."
     usual = min((row['val_tokens'] for row in rows[-2:]), default=0)        # the last may be on the whole text
     there = {*map(step_of, steps(folder))}
     rows = [row for row in rows if row['val_tokens'] == usual and row['step'] in there]
@@ -251,9 +254,12 @@ def is_run(folder: Path) -> bool:
     return False
 
 def hold(folder: Path):
-    "Keep other processes from writing a run into the folder, until this one ends or the returned file is closed."
+    "Keep others, also of this process, from writing a run into the folder until the returned file is closed or the process ends."
     lock = open(folder/'.lock', 'a')
-    try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BadInput(f'another process is writing the run in {folder}; wait for its end, or use another --out_dir') from None
+        lock.close()
+        raise BadInput(f'another process is writing the run in {folder}, or this one already; wait for its end, or use another --out_dir') from None
+    except OSError as e:
+        say(f'{folder} cannot be locked ({e.strerror}); see to it that nothing else writes this run', sys.stderr)
     return lock

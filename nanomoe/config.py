@@ -46,7 +46,7 @@ class ModelConfig:
     capacity_over: Literal['micro_batch', 'sequence'] = 'micro_batch'  # which tokens share a queue
     priority: Literal['choice', 'token', 'gate'] = 'choice'  # who is first in it: first choices, early tokens, large gates
     balance: Literal['none', 'switch', 'nano_moe', 'sequence', 'bias'] = 'switch'  # what evens out the load
-    balance_over: Literal['micro_batch', 'global'] = 'micro_batch'  # whose choices count: global is those of all processes at once, so it depends on how many there are
+    balance_over: Literal['micro_batch', 'global'] = 'micro_batch'  # whose choices are to be even: global is those of the whole step, for a forward pass more where micro-batches are accumulated
     bias_rate: float = 0.001  # step of balance='bias', which moves a bias on the choice and adds no loss
     balance_weight: float = 0.01  # weight of the balance loss, summed over layers
     z_weight: float = 0.001  # weight of the router z-loss, summed over layers

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names', 'routing_stats', 'Health', 'health', 'Record',
-           'evaluate', 'validation_figures', 'StopRequest', 'Level', 'Trainer', 'together', 'micro_batch', 'update',
-           'move_biases', 'count_skip', 'note_spike', 'validate', 'open_data', 'finish_comparison', 'write_numbers',
-           'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume', 'check_resume', 'restore', 'make_record',
-           'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'claim', 'keep_folder', 'routed_text', 'train',
-           'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show', 'heading', 'summary', 'reached',
-           'main', 'watch', 'make_tracker', 'leave', 'train_all']
+           'evaluate', 'validation_figures', 'Level', 'Trainer', 'together', 'micro_batch', 'begin_batch',
+           'count_ahead', 'update', 'move_biases', 'count_skip', 'way_back', 'note_spike', 'validate', 'open_data',
+           'finish_comparison', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'save_before', 'saved',
+           'find_resume', 'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files',
+           'write_files', 'claim', 'keep_folder', 'routed_text', 'train', 'finish', 'records', 'owes_line',
+           'any_process', 'log', 'live_line', 'show', 'heading', 'summary', 'reached', 'main', 'watch', 'make_tracker',
+           'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
-import dataclasses, gc, importlib.util, json, math, os, platform, secrets, shlex, shutil, signal, subprocess, sys
+import dataclasses, gc, importlib.util, json, math, os, platform, secrets, shlex, shutil, subprocess, sys
 import threading, time, traceback
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint
-from .checkpoint import Lines, check_folder, cut_log, hold, read_log, write_whole
+from .checkpoint import Lines, check_folder, cut_log, evaluations, hold, read_log, write_whole
 from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence, parse,
                             resolve, say, to_dict)
 from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokenizer, mixed, n_windows, prepare, some_windows,
@@ -34,7 +35,7 @@ from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokeni
 from .experts import MoE
 from .losses import update_bias
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
-from .parallel import (Feed, World, all_reduce, deterministic, find_dtype, keep_freed_memory, launched_world, my_micro_batches, peak_flops,
+from .parallel import (Feed, StopRequest, World, all_reduce, deterministic, find_dtype, keep_freed_memory, launched_world, my_micro_batches, peak_flops,
                               process_group, quietly, share_gradients)
 from .pretrained import fill, initial_weights
 from .router import Routing, expert_counts
@@ -230,28 +231,6 @@ def validation_figures(sums: Tensor, load: Tensor, domains: list[str]) -> dict:
                     f'val_load_{name}': counts.long().tolist()}
     return out
 
-# %% ../nbs/12_train.ipynb #stop-request
-class StopRequest:
-    """Notes SIGINT, SIGTERM and SIGHUP for the run to look at after each update; the third one interrupts at once.
-
-    Under nohup a hang-up stays ignored, but for torchrun's processes: torchrun hands its own on and kills them after 30 s.
-    """
-    def __init__(self): self.signals, self.before = [], {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            hears = launched_rank() is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-            names = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * hears
-            self.before = {s: signal.signal(s, self.note) for s in names}
-        return self
-
-    def note(self, number, frame):
-        self.signals.append(number)
-        if len(self.signals) > 2: raise KeyboardInterrupt
-
-    def __exit__(self, *exception):
-        for s, handler in self.before.items(): signal.signal(s, handler)
-
 # %% ../nbs/12_train.ipynb #level
 class Level(NamedTuple):
     "Where the loss usually is: its running mean and mean distance from it, in nats, after so many steps"
@@ -289,18 +268,21 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self.stop, self.halt = StopRequest(), False
-        self.saver, self.level, self.newest = checkpoint.Saver(), Level(), None
+        self.stop, self.halt = StopRequest(lambda: save_before(self)), False
+        self.changing = threading.RLock()                               # held while weights, counters or checkpoints change
+        self.saver, self.level, self.newest, self.last = checkpoint.Saver(), Level(), None, None
+        self.evaluations = []                                           # their lines in the log
         self.vocabulary = (self.data.folder/'tokenizer.json').read_text()
         self.log, self.samples = Lines(self.out_dir/'log.jsonl'), Lines(self.out_dir/'samples.jsonl')
         self.before = resumed.meta['config'] if resumed else None       # the settings with which it was saved
         if resumed: restore(self, resumed)
+        self.saved_at = self.step if resumed else None                  # step of the newest checkpoint
         data, B, T = self.data, cfg.batch_size, self.model_cfg.block_size
         self.feed = Feed(lambda number: training_batch(data, number * B, B, T, cfg.seed), world.device, world.size)
-        self.measure = routing_stats
+        self.measure, self.hidden = routing_stats, self.model.hidden
         if cfg.compile or (cfg.compile is None and world.device.type == 'cuda'):
             self.model.compile()
-            self.measure = torch.compile(routing_stats)
+            self.measure, self.hidden = torch.compile(routing_stats), torch.compile(self.model.hidden)
         self.shared = self.model
         self.autocast = torch.autocast(world.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.peak = peak_flops(world.device, self.dtype) * world.size
@@ -327,16 +309,34 @@ def together(run: Trainer, world: World):
 # %% ../nbs/12_train.ipynb #micro-batch
 def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
     "Forward and backward of the run's micro-batch `number`: its ce, balance, z and routing statistics, flat."
-    run.world.beat()
-    dice = int(mixed(np.array([number], np.uint64), run.cfg.seed)[0] >> np.uint64(1))
-    torch.manual_seed(dice)                                             # of dropout and noise
-    x, y = run.feed[number]
-    run.world.beat()
+    x, y = begin_batch(run, number)
     with quietly(run.shared, last):
-        with run.autocast: out = run.shared(x, y, keep_logits=False)
+        with run.autocast: out = run.shared(x, y, keep_logits=False, counts=run.counts)
         run.scaler.scale(out.losses.total / len(run.micro_batches)).backward()
     routing = run.measure(out.routings, run.model_cfg).flatten().to(x.device)
     return torch.cat([torch.stack(out.losses[1:]).detach(), routing])
+
+def begin_batch(run: Trainer, number: int) -> tuple[Tensor, Tensor]:
+    "The inputs and targets of micro-batch `number`, (B, T) each, with the seed of its dropout and noise."
+    run.world.beat()
+    torch.manual_seed(int(mixed(np.array([number], np.uint64), run.cfg.seed)[0] >> np.uint64(1)))
+    batch = run.feed[number]
+    run.world.beat()
+    return batch
+
+@torch.no_grad()
+def count_ahead(run: Trainer, first: int) -> Tensor | None:
+    """Each expert's choices in the whole step (L, E) by a forward pass ahead, for a balance over all of it.
+
+    None where no micro-batch waits for another: then the loss adds up the counts of the processes itself.
+    """
+    cfg, counts = run.model_cfg, 0
+    if cfg.balance_over != 'global' or cfg.n_experts == 1 or len(run.micro_batches) == 1: return None
+    for i in run.micro_batches:
+        x, y = begin_batch(run, first + i)
+        with run.autocast: _, routings = run.hidden(x)
+        counts += torch.stack([expert_counts(r, cfg.n_experts, (y >= 0).flatten()) for r in routings])
+    return all_reduce(counts)
 
 # %% ../nbs/12_train.ipynb #update
 def update(run: Trainer) -> tuple[Tensor, float]:
@@ -347,6 +347,7 @@ def update(run: Trainer) -> tuple[Tensor, float]:
     """
     cfg, first = run.cfg, run.step * run.cfg.gradient_accumulation_steps
     for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, cfg)
+    run.counts = count_ahead(run, first)
     parts = [micro_batch(run, first + i, last=i == run.micro_batches[-1]) for i in run.micro_batches]
     stats = torch.stack(parts).sum(0)
     run.scaler.unscale_(run.optimizer)
@@ -356,14 +357,15 @@ def update(run: Trainer) -> tuple[Tensor, float]:
     here = torch.cat([total, norm[None]]).cpu()                         # the only host sync
     stats, (bad, stop, norm) = here[:-3], here[-3:].tolist()
     run.halt = stop > 0
-    if bad == 0: run.optimizer.step()                                   # the scaler's own step would wait once more
-    run.scaler.update()                                                 # float16: halve the loss scale on overflow
-    count_skip(run, bad > 0)
-    if run.model_cfg.balance == 'bias' and bad == 0: move_biases(run, total[3:-2])
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    if bad == 0: note_spike(run, stats[0].item() / cfg.gradient_accumulation_steps)
-    return stats, norm
+    with run.changing:
+        if bad == 0: run.optimizer.step()                               # the scaler's own step would wait once more
+        run.scaler.update()                                             # float16: halve the loss scale on overflow
+        count_skip(run, bad > 0)
+        if run.model_cfg.balance == 'bias' and bad == 0: move_biases(run, total[3:-2])
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step, run.last = run.step + 1, (stats, norm)
+        if bad == 0: note_spike(run, stats[0].item() / cfg.gradient_accumulation_steps)
+    return run.last
 
 # %% ../nbs/12_train.ipynb #update-helpers
 def move_biases(run: Trainer, stats: Tensor):
@@ -381,7 +383,16 @@ def count_skip(run: Trainer, skipped: bool):
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
     if run.skipped_in_a_row == (limit := 40 if run.scaler.is_enabled() else 3):
         raise RuntimeError(f'the loss or its gradient was not finite in {limit} updates in a row, up to step '
-                           f'{run.step + 1}; the last good checkpoint stays in {run.out_dir}')
+                           f'{run.step + 1}; {way_back(run, run.step + 1 - limit)}')
+
+def way_back(run: Trainer, began: int) -> str:
+    "Where to go on from after a streak that began after `began` updates; a checkpoint of then makes way for the one before."
+    if run.world.first: saved(run)
+    there = [path for path in checkpoint.steps(run.out_dir) if path.exists()]
+    good = [path for path in there if checkpoint.step_of(path) < began]
+    if not good: return f'{run.out_dir} holds no checkpoint from before that; with another rate, begin in another --out_dir'
+    for path in there[len(good):] if run.world.first else []: path.rename(f'{path}-diverged')
+    return f'the same command goes on from {good[-1]}, best with a lower learning_rate'
 
 def note_spike(run: Trainer, ce: float):
     "Count a loss that leaps out of its usual range, and say so."
@@ -442,23 +453,32 @@ def save(run: Trainer, halt: bool):
     None is made in a streak of skipped updates, whose weights may be what makes the loss NaN. Raises `RuntimeError` where
     the weights are not finite.
     """
-    if run.skipped_in_a_row: return
+    if run.skipped_in_a_row or run.saved_at == run.step: return
     if not torch.stack([p.isfinite().all() for p in run.model.parameters()]).all():
         raise RuntimeError(f'the weights are not finite after step {run.step}; is learning_rate={run.cfg.learning_rate} too '
-                           f'large? The last good checkpoint stays in {run.out_dir}')
+                           f'large? {way_back(run, run.step)}')
     if not run.world.first: return
     limit = run.cfg.hang_timeout / 2 or None                            # the others wait meanwhile
     if not halt and futures.wait([run.saver.writing], limit).not_done:
         say(f'step {run.step}: the checkpoint before is still being written, so this one is left out', sys.stderr)
         return
     keep_folder(run)
+    run.saved_at = run.step
     saved(run)                                                          # the one before
     for lines in (run.samples, run.log): lines.write(sync=True)         # none before this step may be missing later
     names = parameter_names(run.model, run.optimizer)
     tensors = {'model': run.model.state_dict(), 'optim': checkpoint.optimizer_tensors(run.optimizer, names)}
     meta = {'config': to_dict(run.model_cfg, run.cfg), 'data': fingerprint(run.data), 'weights': run.data.weights, 'skipped': run.skipped,
             'scaler': run.scaler.state_dict(), 'level': run.level, 'record': run.newest}
-    run.saver.save(run.out_dir, run.step, tensors, meta, run.cfg.keep_checkpoints, checkpoint.best_step(run.out_dir))
+    run.saver.save(run.out_dir, run.step, tensors, meta, run.cfg.keep_checkpoints, 
+                   checkpoint.best_step(run.out_dir, run.evaluations))
+
+def save_before(run: Trainer):
+    "Save the step before the one that goes on: between two updates weights and counters stand still."
+    with run.changing:
+        if run.last and (run.newest is None or run.newest.step < run.step): run.newest = make_record(run, *run.last, 0.0)
+        try: save(run, halt=False)
+        except RuntimeError as e: say(e, sys.stderr)
 
 # %% ../nbs/12_train.ipynb #saved-state
 def saved(run: Trainer) -> bool:
@@ -515,9 +535,11 @@ def restore(run: Trainer, found: checkpoint.Checkpoint):
         checkpoint.load_optimizer(run.optimizer, names, found.tensors['optim'])
         if found.meta['scaler'] and run.scaler.is_enabled(): run.scaler.load_state_dict(found.meta['scaler'])
         run.step, run.skipped, run.level = found.step, found.meta['skipped'], Level(*found.meta['level'])
-        newest = Record(*found.meta['record'])
-        run.newest = newest._replace(health=Health(*newest.health))
-        counts = (run.step, run.skipped, run.level.steps, run.level.spikes, newest.step, newest.tokens)
+        counts = [run.step, run.skipped, run.level.steps, run.level.spikes]
+        if run.step:
+            newest = Record(*found.meta['record'])
+            run.newest = newest._replace(health=Health(*newest.health))
+            counts += [newest.step, newest.tokens]
         if any(type(n) is not int for n in counts) or any(type(x) not in (int, float) for x in run.level): raise TypeError('a count that is none')
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise BadInput(f'{found.path} cannot be continued from ({type(e).__name__}: {str(e).splitlines()[0]})') from None
@@ -563,8 +585,9 @@ def write_files(run: Trainer):
     claim(run)
     checkpoint.sweep(run.out_dir)
     cut_log(run.log.path, run.step)
-    logged = [0] + [row['step'] for row in read_log(run.log.path)]
-    cut_log(run.samples.path, logged[-1])                               # an evaluation's line comes after its samples
+    rows = read_log(run.log.path)
+    run.evaluations = evaluations(rows)
+    cut_log(run.samples.path, rows[-1]['step'] if rows else 0)          # an evaluation's line comes after its samples
 
 def claim(run: Trainer):
     "Make the run's folder, hold it, and write what its readers need."
@@ -667,6 +690,7 @@ def log(run: Trainer) -> Record:
         keep_folder(run)
         for row in routed_text(run) if record.val else []: run.samples.append(row)
         run.log.append(record.row())
+        run.evaluations += evaluations([record.row()])
     return record
 
 # %% ../nbs/12_train.ipynb #main

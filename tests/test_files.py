@@ -253,7 +253,7 @@ def test_names_of_the_users_beside_checkpoints(tmp_path):
     shutil.copytree(root/'step-00000010', root/'step-00000010-good')
     (root/'step-00000005').symlink_to(root/'step-00000010-good')        # moved to another disk
     (root/'log.jsonl').write_text('{"step": 10, "val_ce": 1.0, "val_tokens": 5}\n')
-    assert checkpoint.best_step(root) == 10
+    assert checkpoint.best_step(root, checkpoint.read_log(root/'log.jsonl')) == 10
     saved(root, steps=(20, 30))
     assert (root/'step-00000010-good').exists() and checkpoint.load_latest(root).step == 30
 
@@ -269,7 +269,7 @@ def test_fuzzed_logs(tmp_path, seed, soak):
         path.write_bytes(content)
         with redirect_stderr(io.StringIO()):
             before = checkpoint.read_log(path)
-            checkpoint.best_step(tmp_path)
+            checkpoint.best_step(tmp_path, checkpoint.evaluations(before))
             checkpoint.cut_log(path, 3)
         assert checkpoint.read_log(path) == [row for row in before if row['step'] <= 3]
     run()
@@ -296,7 +296,7 @@ def test_the_best_is_kept_through_another_batch_size(tmp_path):
     lines = [(2, 3.0, 100), (3, 1.0, 999), (4, 2.5, 200), (6, 2.0, 200), (7, 1.5, 999)]
     for count, best in ((1, 2), (3, 4), (4, 6), (5, 6)):
         (root/'log.jsonl').write_text(''.join(json.dumps(dict(step=s, val_ce=ce, val_tokens=n)) + '\n' for s, ce, n in lines[:count]))
-        assert checkpoint.best_step(root) == best
+        assert checkpoint.best_step(root, checkpoint.read_log(root/'log.jsonl')) == best
 
 
 def test_a_run_keeps_to_its_mixture(tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from nanomoe import checkpoint, data
 
-TINY = ['-m', 'nanomoe.train', 'tiny', '--log_interval=1', '--device=cpu']
+TINY = ['-m', 'nanomoe.train', 'tiny', '--max_iters=60', '--eval_interval=30', '--checkpoint_interval=30', '--log_interval=1', '--device=cpu']
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
@@ -154,6 +154,9 @@ def test_global_balance_is_that_of_the_joint_batch(tmp_path):
     whole = ['--batch_size=16', '--gradient_accumulation_steps=1', f'--out_dir={tmp_path}/whole']
     run([sys.executable, *TINY, *both, *whole])
     run(torchrun('--standalone', '--nproc_per_node=2', *TINY, *both, f'--out_dir={tmp_path}/halves'))
+    run([sys.executable, *TINY, *both, f'--out_dir={tmp_path}/in_turn'])    # accumulated, with a pass ahead
+    for name in ('ce', 'balance', 'grad_norm'):
+        assert largest_difference(log(tmp_path/'in_turn'), log(tmp_path/'halves'), name) <= 1e-6, name
     for name in ('ce', 'balance'):                                      # balance is logged as the mean of two halves
         assert largest_difference(log(tmp_path/'whole'), log(tmp_path/'halves'), name) <= 2e-5, name
     run(torchrun('--standalone', '--nproc_per_node=2', *TINY, both[1], f'--out_dir={tmp_path}/apart'))

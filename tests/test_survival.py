@@ -2,6 +2,8 @@
 
 `pytest tests/test_survival.py --soak -s` breaks things a hundred times and says what came of it.
 """
+import errno
+import json
 import math
 import multiprocessing
 import os
@@ -19,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanomoe import checkpoint, config, data, train
 
-TINY = ['tiny', '--log_interval=1', '--device=cpu']
+TINY = ['tiny', '--max_iters=60', '--eval_interval=30', '--checkpoint_interval=30', '--log_interval=1', '--device=cpu']
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 forks = multiprocessing.get_context('forkserver')           # a process that has imported torch starts in milliseconds
 forks.set_forkserver_preload(['nanomoe.train'])
@@ -88,6 +91,10 @@ def whole(words, tmp_path_factory) -> Path:
     process.join()
     assert process.exitcode == 0, (folder/'diary.said').read_text()
     return folder
+
+
+def alone(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, '-m', 'nanomoe.train', *words], env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def samples_of(diary: Path, steps_kept: list[int]) -> list[int]:
@@ -558,3 +565,79 @@ def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path):
     done = torchrun(program, '7,8,9', tmp_path/'weights', *words, f'--out_dir={tmp_path}/three')
     assert done.returncode == 1 and 'was not finite in 3 updates in a row, up to step 10' in done.stderr
     assert checkpoint.load_latest(tmp_path/'three').step == 5
+
+
+SLOW = ('import sys, time\nfrom nanomoe import train\n'
+        'real = train.micro_batch\n'
+        'def slow(run, number, last):\n'
+        '    if run.step >= {step}: time.sleep({pause})\n'
+        '    return real(run, number, last)\n'
+        'train.micro_batch = slow\ntrain.main(sys.argv[1:])')
+
+
+@pytest.mark.parametrize('step', [0, 3])
+def test_a_stop_in_a_step_without_end_saves_the_step_before(whole, words, tmp_path, step):
+    "On two processes that are killed half a minute later, as torchrun and clusters do; the first step has its beginning saved."
+    (tmp_path/'slow.py').write_text(SLOW.format(step=step, pause=600))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--shutdown-timeout=12', tmp_path/'slow.py',
+               *words, '--checkpoint_interval=100', f'--out_dir={tmp_path}/run']
+    going = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path/'run'/'.lock').exists() or len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < step: time.sleep(0.1)
+    time.sleep(1)
+    going.terminate()
+    going.communicate(timeout=60)
+    assert [path.name for path in checkpoint.steps(tmp_path/'run')] == [f'step-{step:08d}']
+    assert alone(*words, f'--out_dir={tmp_path}/run').returncode == 0
+    assert untimed(tmp_path/'run') == untimed(whole/'run')
+
+
+def test_two_suspended_processes_go_on(words, tmp_path):
+    "Longer than `hang_timeout`, as on a laptop that sleeps or with Ctrl-Z."
+    (tmp_path/'slow.py').write_text(SLOW.format(step=0, pause=0.1))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path/'slow.py', *words,
+               '--hang_timeout=4', f'--out_dir={tmp_path}/run']
+    going = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < 3: time.sleep(0.1)
+    all_of_it = [going.pid, *map(int, subprocess.run(['pgrep', '-P', str(going.pid)], capture_output=True, text=True).stdout.split())]
+    assert len(all_of_it) >= 3
+    for pid in all_of_it: os.kill(pid, signal.SIGSTOP)
+    time.sleep(9)
+    for pid in all_of_it: os.kill(pid, signal.SIGCONT)
+    _, said = going.communicate(timeout=120)
+    assert going.returncode == 0, said
+
+
+def test_after_a_divergence_the_same_command_goes_on_from_a_sound_checkpoint(words, tmp_path):
+    "The newest checkpoint has finite weights of 1e30 that give no finite loss: it makes way for the one before."
+    folder = tmp_path/'run'
+    alone(*words, '--max_iters=10', f'--out_dir={folder}')
+    newest = folder/'step-00000010'
+    tensors = {name: t * 1e30 for name, t in load_file(newest/'model.safetensors').items()}
+    save_file(tensors, newest/'model.safetensors')
+    meta = json.loads((newest/'meta.json').read_text())
+    meta['sha256']['model.safetensors'] = checkpoint.sha256(newest/'model.safetensors')
+    (newest/'meta.json').write_text(json.dumps(data.sealed({k: v for k, v in meta.items() if k != 'seal'})))
+    bad = alone(*words, '--max_iters=16', f'--out_dir={folder}')
+    assert bad.returncode == 1 and 'the same command goes on from ' in bad.stderr and 'step-00000005' in bad.stderr
+    assert (folder/'step-00000010-diverged').exists()
+    assert alone(*words, '--max_iters=16', f'--out_dir={folder}').returncode == 0
+    assert checkpoint.load_latest(folder).step == 16 and all(row['ce'] < 6 for row in checkpoint.read_log(folder/'log.jsonl'))
+
+
+def test_one_process_does_not_write_one_folder_twice(small, tmp_path):
+    model_cfg, cfg = config.PRESETS['tiny']
+    cfg = replace(cfg, dataset=str(small), out_dir=str(tmp_path/'run'), log_interval=1, device='cpu')
+    first = train.train(model_cfg, cfg)
+    next(first)
+    with pytest.raises(config.BadInput, match='another process is writing the run in .*, or this one already'): next(train.train(model_cfg, cfg))
+    assert next(first).step == 2                                        # and goes on
+    first.close()
+    assert next(train.train(model_cfg, cfg)).step == 1
+
+
+def test_a_file_system_without_locks(small, tmp_path, monkeypatch, capsys):
+    def refuse(*_): raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(checkpoint.fcntl, 'flock', refuse)
+    model_cfg, cfg = config.PRESETS['tiny']
+    cfg = replace(cfg, dataset=str(small), out_dir=str(tmp_path/'run'), max_iters=2, warmup_iters=1, device='cpu')
+    assert [*train.train(model_cfg, cfg)][-1].step == 2 and 'cannot be locked (No locks available)' in capsys.readouterr().err
