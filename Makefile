@@ -23,7 +23,7 @@ train: .venv/installed
 	echo "== training on $$P processes; Ctrl-C keeps a checkpoint, make train continues it"; \
 	$(BIN)/torchrun --standalone --nproc_per_node=$$P -m nanomoe.train onboard
 	@echo '== what it writes'
-	@$(BIN)/python -m nanomoe.sample $(RUN)
+	@$(BIN)/python -m nanomoe.sample $(RUN) --domains=True --max_new_tokens 60
 	@$(BIN)/python -m nanomoe.viz report $(RUN)
 
 test: .venv/installed

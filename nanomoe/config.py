@@ -299,9 +299,9 @@ _original = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=50304)   # nanoMoE'
 _baseline = dict(batch_size=8, eval_iters=500, eval_only=True, dataset='openwebtext')
 _presets = {
     'tiny': (ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, n_experts=4, moe_every=1),
-             TrainConfig(dataset='numbers', max_iters=60, batch_size=8, gradient_accumulation_steps=2,
-                         learning_rate=3e-3, min_lr=3e-4, warmup_iters=5, eval_interval=30, eval_iters=4,
-                         log_interval=5, checkpoint_interval=30, dtype='float32')),
+             TrainConfig(dataset='numbers', max_iters=600, batch_size=8, gradient_accumulation_steps=2,
+                         learning_rate=3e-3, min_lr=3e-4, warmup_iters=5, eval_interval=200, eval_iters=4,
+                         log_interval=5, checkpoint_interval=200, dtype='float32')),
     'onboard': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=128, n_experts=8, moe_every=1,
                             expert_width=128, positions='rotary'),
                 TrainConfig(dataset='onboard', max_iters=500, batch_size=4, gradient_accumulation_steps=2,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['distribution', 'Step', 'generate', 'copied', 'rows_compete', 'load', 'prompt', 'stream', 'until_stop', 'unescaped',
-           'Sampling', 'check_sampling', 'texts', 'main']
+           'Sampling', 'check_sampling', 'texts', 'beginnings', 'main']
 
 # %% ../nbs/13_sample.ipynb #imports
 import codecs, re, sys
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import FixedKVCache, KVCache
-from .config import BadInput, ModelConfig, from_command_line, one_sentence, words_first
+from .checkpoint import read_log
+from .config import BadInput, ModelConfig, from_command_line, one_sentence, resolve, words_first
 from .data import ids_of, read_text
 from .model import GPT
 from .parallel import find_device, find_dtype
@@ -142,6 +143,7 @@ class Sampling:
     "Let a trained run write"
     start: str = ''  # text to continue
     start_file: str | None = None  # file with the text to continue
+    domains: bool = False  # continue the beginning of each domain's held-out text, as the run wrote it down
     num_samples: int = 1  # texts to write, side by side
     max_new_tokens: int = 200  # tokens per text
     stop: tuple[str, ...] = ()  # end a text before one of these; \n is a line break, <|endoftext|> a document's end
@@ -164,7 +166,7 @@ def check_sampling(s: Sampling):
              (0 < s.top_p <= 1, f'top_p must be above 0 and at most 1, got {s.top_p}'),
              (all(s.stop), 'stop must be texts that are not empty, got an empty one'),
              (not s.start.startswith('FILE:'), f'start takes text; use --start_file={s.start[5:]} for a file'),
-             (not (s.start and s.start_file), 'start and start_file cannot both be given')]
+             (bool(s.start) + bool(s.start_file) + s.domains < 2, 'only one of start, start_file and domains can be given')]
     problems = [sentence for ok, sentence in rules if not ok]
     if problems: raise BadInput('\n'.join(problems))
 
@@ -186,6 +188,13 @@ def texts(model: GPT, tokenizer, idx: Tensor, s: Sampling) -> Iterator[Iterator[
             yield until_stop(stream(tokenizer, ids), stops)
 
 # %% ../nbs/13_sample.ipynb #sample-main
+def beginnings(run: str | Path, tokenizer, length: int = 24) -> dict[str, str]:
+    "The first tokens of each domain's held-out text, from samples.jsonl of a run; `BadInput` where it has none."
+    folder = resolve(run)
+    if not (rows := read_log(folder/'samples.jsonl')):
+        raise BadInput(f'domains needs the held-out texts of a run, and {folder} holds no samples.jsonl with any')
+    return {row['domain']: tokenizer.decode([i for i in row['ids'] if i != tokenizer.eot_token][:length]) for row in rows if row['step'] == rows[-1]['step']}
+
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.sample RUN [--start TEXT] …`"
     argv = sys.argv[1:] if argv is None else argv
@@ -198,14 +207,17 @@ def main(argv: list[str] | None = None):
             raise BadInput('name the folder of a run, such as out/onboard; gpt2; a folder of transformers; a ckpt.pt')
         if sum(word.split('=')[0] == '--stop' for word in argv) > 1:
             raise BadInput('stop takes all its texts at once, --stop A B, got --stop twice')
-        text = read_text(Path(s.start_file)) if s.start_file else s.start
         model, tokenizer = load(run, s.device)
+        starts = beginnings(run, tokenizer) if s.domains else {'': read_text(Path(s.start_file)) if s.start_file else s.start}
         torch.manual_seed(s.seed)
         device = model.wte.weight.device
         dtype = find_dtype('float32' if s.dtype == 'auto' and device.type != 'cuda' else s.dtype, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for i, pieces in enumerate(texts(model, tokenizer, prompt(tokenizer, text).to(device), s)):
-                print('\n' + '-' * 40 + '\n' if i else '', text, sep='', end='')
+            written = ((domain, text, pieces) for domain, text in starts.items()
+                       for pieces in texts(model, tokenizer, prompt(tokenizer, text).to(device), s))
+            for number, (domain, text, pieces) in enumerate(written):
+                if number or domain: print('\n' * (number > 0) + (f'-- {domain} ' if domain else '').ljust(40, '-'))
+                print(text, end='')
                 for piece in pieces: print(piece, end='', flush=True)
         print()
 

@@ -6,14 +6,13 @@
 __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names', 'routing_stats', 'Health', 'health', 'Record',
            'evaluate', 'validation_figures', 'Level', 'Trainer', 'together', 'micro_batch', 'begin_batch',
            'count_ahead', 'update', 'move_biases', 'count_skip', 'way_back', 'note_spike', 'validate', 'open_data',
-           'finish_comparison', 'write_numbers', 'fit_vocabulary', 'fingerprint', 'save', 'save_before', 'saved',
-           'find_resume', 'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files',
-           'write_files', 'claim', 'keep_folder', 'routed_text', 'train', 'finish', 'records', 'owes_line',
-           'any_process', 'log', 'live_line', 'show', 'heading', 'summary', 'reached', 'main', 'watch', 'make_tracker',
-           'leave', 'train_all']
+           'finish_comparison', 'fit_vocabulary', 'fingerprint', 'save', 'save_before', 'saved', 'find_resume',
+           'check_resume', 'restore', 'make_record', 'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'claim',
+           'keep_folder', 'routed_text', 'train', 'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line',
+           'show', 'heading', 'summary', 'reached', 'main', 'watch', 'make_tracker', 'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
-import dataclasses, gc, importlib.util, json, math, os, platform, secrets, shlex, shutil, subprocess, sys
+import dataclasses, gc, importlib.util, json, math, os, secrets, shlex, subprocess, sys
 import threading, time, traceback
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -30,8 +29,8 @@ from . import checkpoint
 from .checkpoint import Lines, check_folder, cut_log, evaluations, hold, read_log, write_whole
 from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence, parse,
                             resolve, say, to_dict)
-from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokenizer, mixed, n_windows, prepare, some_windows,
-                          target_domains, token_bytes, training_batch)
+from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokenizer, mixed, n_windows, some_windows,
+                          target_domains, token_bytes, training_batch, write_numbers)
 from .experts import MoE
 from .losses import update_bias
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
@@ -424,16 +423,6 @@ def finish_comparison(run: Trainer):
     run.comparing.result()
 
 # %% ../nbs/12_train.ipynb #trainer-data
-def write_numbers():
-    "Prepare `data/numbers`; of many processes that do so at once, the first to finish gives its own the name."
-    final = resolve('data/numbers')
-    made = final.with_name(f'.numbers-{platform.node()}-{os.getpid()}')
-    prepare('numbers', made)
-    try: os.replace(made, final)
-    except OSError as e:
-        shutil.rmtree(made)
-        if not (final/'manifest.json').exists(): raise BadInput(f'{final} cannot be written: {e.strerror}') from None
-
 def fit_vocabulary(cfg: ModelConfig, data: TokenFile) -> ModelConfig:
     "The configuration with the dataset's vocabulary where it names none; `BadInput` where its own is too small."
     if cfg.vocab_size is None: return dataclasses.replace(cfg, vocab_size=data.vocab_size)

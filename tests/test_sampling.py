@@ -1,4 +1,6 @@
 """The cache changes nothing but the time, a row nothing in the others, and a stop ends a text wherever cut."""
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -187,6 +189,21 @@ def test_files_and_limits(say, tmp_path):
     (tmp_path/'start.txt').write_text('1 + 1 = ' * 20)                              # longer than block_size=32
     assert say('--start_file', str(tmp_path/'start.txt')) == say('--start', '1 + 1 = ' * 20)
     assert say('--top_k=100000') == say('--top_k=None') != say('--top_k=1') == say('--temperature=0')
+
+
+def test_one_text_per_domain(run, capsys, tmp_path):
+    "Each continues the beginning that the run wrote down last, under the domain's name."
+    shutil.copytree(run, tmp_path/'run')
+    last = json.loads((tmp_path/'run'/'samples.jsonl').read_text().splitlines()[-1])
+    rows = [dict(last, step=1, domain='old'), last, dict(last, domain='digits', ids=last['ids'][3:])]
+    (tmp_path/'run'/'samples.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    sample.main([str(tmp_path/'run'), '--device=cpu', '--max_new_tokens=4', '--domains=True'])
+    said, begun = capsys.readouterr().out, data.load_tokenizer(run).decode(last['ids'][1:25])
+    assert said.startswith(f'-- numbers '.ljust(40, '-') + '\n' + begun) and 'old' not in said
+    assert f'-- digits '.ljust(40, '-') + '\n' + begun[2:] in said
+    for words in (['--domains=True', '--start=7'], ['--start_file=x', '--start=7']):
+        with pytest.raises(SystemExit): sample.main([run, *words])
+        assert capsys.readouterr().err == 'only one of start, start_file and domains can be given\n'
 
 
 def test_stop_twice_is_refused(run, capsys):

@@ -1,5 +1,7 @@
 """Tests tools/cuda.py on a CPU (`--dry`)."""
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,34 @@ def test_bad_input_is_one_sentence(tmp_path):
                             (['--only=muon'], 'has no CUDA GPU') if not torch.cuda.is_available() else (['--only='], 'no section')):
         done = cuda(*words)
         assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1]
+
+
+def test_the_readmes_own_router_works_as_it_says(tmp_path):
+    "The section is followed in a copy: a value in one notebook, a class and its name in another, two commands."
+    section = (ROOT/'README.md').read_text().split('### Your own router')[1].split('\n### ')[0].split('\n## ')[0]
+    router, commands = re.findall(r'```\w+\n(.*?)```', section, re.DOTALL)
+    for name in ('nbs', 'nanomoe', 'settings.ini', 'setup.py', 'README.md'):
+        copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy
+        copy(ROOT/name, tmp_path/name)
+    def edit(notebook, cell, old, new):
+        path = tmp_path/'nbs'/notebook
+        found = json.loads(path.read_text())
+        cell = next(c for c in found['cells'] if c['id'] == cell)
+        assert ''.join(cell['source']).count(old) == 1
+        cell['source'] = ''.join(cell['source']).replace(old, new).splitlines(True)
+        path.write_text(json.dumps(found))
+    edit('00_config.ipynb', 'model-config', "'expert_choice', 'hash']", "'expert_choice', 'hash', 'cosine']")
+    edit('03_router.ipynb', 'hash-router', 'def make_router', f'{router}\ndef make_router')
+    edit('03_router.ipynb', 'hash-router', "'hash': HashRouter}", "'hash': HashRouter, 'cosine': CosineRouter}")
+    for command in commands.splitlines():
+        program, *words = command.split()
+        program = [Path(sys.executable).with_name('nbdev_export')] if 'nbdev' in program else [sys.executable]
+        words += ['--max_iters=2', '--device=cpu'] if words else []
+        done = subprocess.run([*program, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path/'out'/'cosine'/'log.jsonl').read_text().splitlines()]
+    assert rows[-1]['step'] == 2
+    assert json.loads((tmp_path/'out'/'cosine'/'config.json').read_text())['router'] == 'cosine'
+    for words in (['-m', 'nanomoe.train', '--help'], ['-m', 'nanomoe.sample', 'out/cosine', '--max_new_tokens=5']):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and ('cosine' in done.stdout or 'sample' in words[1]), done.stderr
