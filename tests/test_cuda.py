@@ -28,6 +28,7 @@ from nanomoe.capacity import expert_capacity
 from nanomoe.config import PRESETS, ModelConfig, TrainConfig
 from nanomoe.data import TokenFile, all_windows, prepare, training_batch
 from nanomoe.experts import MoE
+from nanomoe.losses import balance_loss
 from nanomoe.model import GPT, head_loss
 from nanomoe.parallel import Feed, World
 from nanomoe.router import Routing
@@ -285,13 +286,17 @@ def plain_losses(cfg: ModelConfig, s: TrainConfig) -> list[float]:
     found = []
     for step in range(s.max_iters):
         for group in optimizer.param_groups: group['lr'] = train.lr_at(step, s)
-        total = 0.0
-        for i in range(s.gradient_accumulation_steps):
-            number = step * s.gradient_accumulation_steps + i
-            out = model(*training_batch(data, number * s.batch_size, s.batch_size, cfg.block_size, s.seed))
-            (out.losses.total / s.gradient_accumulation_steps).backward()
-            total += out.losses.ce.item() / s.gradient_accumulation_steps
-        found += [total, torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip).item()]
+        numbers = range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps)
+        outs = [model(*training_batch(data, n * s.batch_size, s.batch_size, cfg.block_size, s.seed)) for n in numbers]
+        total = torch.stack([out.losses.total for out in outs]).mean()
+        if cfg.balance_over == 'global':                                # of the union of the step's micro-batches
+            for layer in zip(*(out.routings for out in outs)):
+                union = Routing(*(torch.cat(part) for part in zip(*(r[:4] for r in layer))))
+                apart = torch.stack([balance_loss(r) for r in layer]).mean()
+                total = total + cfg.balance_weight * (balance_loss(union) - apart)
+        total.backward()
+        found += [sum(out.losses.ce.item() for out in outs) / len(outs),
+                  torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip).item()]
         optimizer.step()
         optimizer.zero_grad()
     return found
@@ -309,7 +314,7 @@ COMPILER = shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')
 @pytest.mark.skipif(not COMPILER, reason='torch.compile needs a C++ compiler')
 @pytest.mark.parametrize('preset', ['nano_moe', 'modern'])
 def test_a_compiled_run_is_the_eager_one(device, preset, numbers, tmp_path):
-    "Two graphs (model with losses; statistics), no graph breaks, no recompilation."
+    "A graph for the model with losses, one for statistics, and one for `modern`, which counts ahead; no breaks, no recompilation."
     torch._dynamo.reset()
     counters.clear()
     cfg, run = small(preset), settings(tmp_path/'eager', numbers, device, max_iters=4)
@@ -317,8 +322,9 @@ def test_a_compiled_run_is_the_eager_one(device, preset, numbers, tmp_path):
     assert not counters['frames']
     compiled = losses(cfg, replace(run, out_dir=str(tmp_path/'compiled'), compile=True))
     assert compiled == pytest.approx(eager, rel=1e-5)
-    assert dict(counters['graph_break']) == {} and counters['frames'] == {'total': 2, 'ok': 2}
-    assert counters['stats']['unique_graphs'] == 2
+    n = 2 + (cfg.balance_over == 'global')
+    assert dict(counters['graph_break']) == {} and counters['frames'] == {'total': n, 'ok': n}
+    assert counters['stats']['unique_graphs'] == n
 
 
 TWO_PROCESSES = """
