@@ -709,7 +709,7 @@ def compressed(folder: Path, entry: dict, tokenizer) -> dict:
 @contextmanager
 def bar(sources: list[Source], show: bool) -> Iterator[Callable[[int, int], None]]:
     "A function to tell of bytes and tokens done: to a bar on the terminal if there is one and it is wanted, else to nobody."
-    if not (show and sys.stderr.isatty()):
+    if not (show and sys.stderr.isatty() and importlib.util.find_spec('tqdm')):
         yield lambda n_bytes, n_tokens: None
         return
     from tqdm import tqdm

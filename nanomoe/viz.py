@@ -9,15 +9,18 @@ __all__ = ['paper', 'load_ratio', 'expert_colour', 'luminance', 'ink', 'pale', '
 import base64, html, io, re, time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-import PIL.Image
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from .config import ModelConfig
+from .config import ModelConfig, one_sentence
+
+with one_sentence() if __name__ == '__main__' and '__file__' in globals() else nullcontext():
+    import matplotlib
+    import PIL.Image
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # %% ../nbs/04_viz.ipynb #load-ratio
 def load_ratio(load) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What holds the project together: one source, imports that go forward, a light core, notebooks in form."""
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from exercises import exercises
+
+from nanomoe import config
+from nanomoe.config import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
@@ -64,12 +68,62 @@ def test_the_core_imports_little(name):
     assert extra <= {'checkpoint': {'safetensors'}, 'viz': {'matplotlib', 'PIL'}}.get(name, set())
 
 
-def test_training_needs_no_notebook_packages():
-    blocked = ['matplotlib', 'IPython', 'ipywidgets', 'nbdev', 'fastcore',
-               'datasets', 'transformers', 'tokenizers', 'wandb', 'pyarrow']
-    program = (f'import sys\nfor name in {blocked!r}: sys.modules[name] = None\n'
-               'import nanomoe.train, nanomoe.sample, nanomoe.bench, nanomoe.data')
-    subprocess.run([sys.executable, '-c', program], check=True)
+CORE = """
+import contextlib, io, json, runpy, sys
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def find_spec(self, name, *rest): return None if name.split('.')[0] in blocked else self.finder.find_spec(name, *rest)
+class Terminal(io.StringIO):
+    def isatty(self): return True
+blocked, lines = map(json.loads, sys.argv[1:])
+sys.meta_path[:] = map(Without, sys.meta_path)
+ended = []
+for words in lines:
+    sys.argv[:], code, said = words, 0, Terminal()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try: runpy.run_module(words[0], run_name='__main__')
+        except SystemExit as e: code = e.code or 0
+    ended.append((code, said.getvalue().strip()))
+print(json.dumps(ended))
+"""
+
+
+def test_the_core_install_works_or_says_what_it_lacks(tmp_path):
+    "Every program without any extra: what needs none runs, and the rest says in one sentence what to install."
+    (tmp_path/'text.txt').write_text('Experts read what routers send.\n' * 300)
+    (tmp_path/'rows.jsonl').write_text('{"text": "To be, or not to be"}\n{"text": "that is the question"}\n' * 30)
+    (tmp_path/'rows.parquet').touch()
+    (tmp_path/'theirs').mkdir()
+    (tmp_path/'theirs'/'config.json').write_text('{"model_type": "gpt2"}')
+    run, quick = tmp_path/'run', '--max_iters=2 --eval_iters=1 --out_dir'
+    cases = {'data numbers --out {}/n': '', 'data {}/text.txt --tokenizer=bytes --out {}/t': '', 'data check {}/n': '',
+             'data {}/rows.jsonl --tokenizer=chars --out {}/j': '', f'train tiny {quick} {{}}/run --dataset {{}}/n': '',
+             'sample {}/run --max_new_tokens=3': '', 'bench write --preset=tiny --repeats=1': '', 'pretrained --help': '',
+             'data onboard --out {}/o': 'tokenizers data', 'data {}/text.txt --out {}/b': 'tokenizers data',
+             'data {}/rows.parquet --tokenizer=bytes --out {}/p': 'pyarrow data', 'data openwebtext --out {}/w': 'datasets data',
+             'data fineweb10B-gpt2 --out {}/f': 'huggingface_hub data', 'sample gpt2': 'transformers hf', 'sample {}/theirs': 'transformers hf',
+             f'train tiny --init_from=gpt2 {quick} {{}}/g --dataset {{}}/n': 'transformers hf', 'viz report {}/run': 'matplotlib lab',
+             f'train tiny --tracker=wandb {quick} {{}}/k --dataset {{}}/n': 'wandb wandb', 'viz watch {}/run': 'matplotlib lab'}
+    words = [('nanomoe.' + line.replace('{}', str(tmp_path))).split() for line in cases]
+    blocked = [*' '.join(EXTRAS.values()).split(), 'nbdev', 'fastcore']
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', CORE, json.dumps(blocked), json.dumps(words)], cwd=ROOT,
+                          env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (line, lacking), (code, said) in zip(cases.items(), json.loads(done.stdout)):
+        package, _, extra = lacking.partition(' ')
+        assert code == (2 if lacking else 0), (line, said)
+        if lacking: assert said.endswith(f"needs the package {package}; install it with: pip install -e '.[{extra}]'") and '\n' not in said, (line, said)
+    assert run.exists() and not {path.name for path in tmp_path.iterdir()} & {'o', 'b', 'p', 'w', 'f', 'g', '.o.part', '.b.part'}
+
+
+def test_what_an_extra_brings_is_what_settings_say(tmp_path, monkeypatch):
+    wanted = dict(re.findall(r'^(\w+)_requirements = (.*)$', (ROOT/'settings.ini').read_text(), re.M))
+    beside = {'huggingface_hub', 'PIL', 'IPython'}                      # what those bring that are named
+    for extra, packages in EXTRAS.items(): assert set(packages.split()) - beside <= set(wanted[extra].split())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, '__file__', str(tmp_path/'config.py'))  # as if installed from a wheel
+    assert config.what_to_install('PIL.Image') == "this command needs the package PIL; install it with: pip install 'nanomoe[lab]'"
+    assert config.what_to_install('quux') is None
 
 
 def test_no_code_is_run_from_files():
