@@ -9,7 +9,7 @@ __all__ = ['lr_at', 'orthogonalised', 'Muon', 'make_optimizer', 'parameter_names
            'fit_vocabulary', 'fingerprint', 'save', 'saved', 'find_resume', 'check_resume', 'restore', 'make_record',
            'mean', 'evaluation', 'due', 'begin_files', 'write_files', 'claim', 'keep_folder', 'routed_text', 'train',
            'finish', 'records', 'owes_line', 'any_process', 'log', 'live_line', 'show', 'heading', 'summary', 'reached',
-           'main', 'watch', 'make_tracker', 'leave', 'train_all']
+           'main', 'watch', 'dry_run', 'expected_data', 'timed', 'make_tracker', 'leave', 'train_all']
 
 # %% ../nbs/12_train.ipynb #imports
 import dataclasses, gc, importlib.util, json, math, os, platform, secrets, shlex, shutil, signal, subprocess, sys
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from . import checkpoint
 from .checkpoint import Lines, check_folder, cut_log, hold, read_log, write_whole
-from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence, parse,
-                            resolve, say, to_dict)
-from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokenizer, mixed, n_windows, prepare, some_windows,
+from .config import (VOCABULARIES, BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence,
+                            read_command, resolve, say, short, to_dict, total_active, without_effect)
+from .data import (TokenFile, all_windows, batch_at, compared_later, dataset_folder, load_tokenizer, mixed, n_windows, prepare, some_windows,
                           target_domains, token_bytes, training_batch)
 from .experts import MoE
 from .losses import update_bias
-from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
+from .model import GPT, checkpoint_bytes, flops_per_token, moe_layers, n_params, state_bytes, step_bytes, token_losses
 from .parallel import (Feed, World, all_reduce, deterministic, find_dtype, keep_freed_memory, launched_world, my_micro_batches, peak_flops,
                               process_group, quietly, share_gradients)
 from .pretrained import fill, initial_weights
@@ -686,8 +686,8 @@ def show(line: str, keep: bool):
     else: print('\r\033[K' + line, end='\n' if keep else '', flush=True)
 
 # %% ../nbs/12_train.ipynb #summary
-def heading(run: Trainer) -> str:
-    "What a run is about to do, and what it continues."
+def heading(run: Trainer, given: list[str] = ()) -> str:
+    "What a run is about to do, which of the given options change nothing, and what it continues."
     cfg, (total, active) = run.cfg, n_params(run.model)
     passes, processes = run.tokens_per_step * cfg.max_iters / len(run.data), run.world.size
     lines = [f'model       {total:,} parameters, of which one token meets {active:,}',
@@ -695,6 +695,8 @@ def heading(run: Trainer) -> str:
              f'step        {run.tokens_per_step:,} tokens; {cfg.max_iters:,} steps are {passes:.2g} times the data',
              f'device      {run.world.device.type}, {str(run.dtype).removeprefix("torch.")}, {processes} process{"es" * (processes > 1)}',
              f'folder      {run.out_dir}']
+    idle = without_effect(run.model_cfg, cfg, given)
+    if idle: lines += [f'no effect   {", ".join(idle)}']
     if run.before is None: return '\n'.join(lines)
     before, now = to_dict(ModelConfig(), TrainConfig()) | run.before, to_dict(run.model_cfg, cfg)
     changed = [f'{name} {before[name]} -> {now[name]}' for name in now if name != 'out_dir' and before[name] != now[name]]
@@ -702,18 +704,16 @@ def heading(run: Trainer) -> str:
                f'at step {run.step} of {cfg.max_iters} already; to train on, give a larger --max_iters')
     return '\n'.join([*lines, f'            {goes_on}' + (f'; changed: {", ".join(changed)}' if changed else '')])
 
-def summary(out_dir: Path, data: TokenFile, model_cfg: ModelConfig, newest: Record | None = None) -> str:
+def summary(out_dir: Path, data: TokenFile, newest: Record | None = None) -> str:
     "What the run in `out_dir` has reached, by its newest record or its log, beside general compressors."
     rows = read_log(out_dir/'log.jsonl') + ([newest.row()] if newest else [])
     rows, entry = [row for row in rows if 'val_ce' in row], data.manifest['splits']['val']
     saved = checkpoint.steps(out_dir)
-    with torch.device('meta'): total, active = n_params(GPT(model_cfg))
     lines = reached(rows[-1], entry) if rows else []
     if 'gzip_bytes' in entry:
         gzip, xz = (8 * entry[f'{name}_bytes'] / entry['bytes'] for name in ('gzip', 'xz'))
         lines += [f'compressors gzip -9 {gzip:.4f}, xz -9 {xz:.4f} bits per byte, '
                   f'on all {entry["bytes"]:,} held-out bytes']
-    lines += [f'parameters  {total:,}, of which one token meets {active:,}']
     if saved: lines += [f'checkpoint  {os.path.relpath(saved[-1])}']
     return '\n'.join(lines)
 
@@ -731,8 +731,9 @@ def main(argv: list[str] | None = None):
     code = 1
     try:
         with one_sentence():
-            model_cfg, cfg = parse(sys.argv[1:] if argv is None else argv)
-            code = 0 if watch(model_cfg, cfg) else 130
+            c = read_command(sys.argv[1:] if argv is None else argv)
+            if c.dry_run: print(dry_run(c.model, c.train, c.given))
+            code = 0 if c.dry_run or watch(c.model, c.train, c.given) else 130
     except (SystemExit, Exception) as e:                                # Ctrl-C before the first step, or a third time
         if not os.environ.get('RANK'): raise
         if isinstance(e, SystemExit): code = e.code
@@ -740,13 +741,13 @@ def main(argv: list[str] | None = None):
     leave(code)
 
 # %% ../nbs/12_train.ipynb #command-watch
-def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
+def watch(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> bool:
     "Run `train`, telling the terminal and the tracker how it goes; returns whether it came to its end."
     speaks = not launched_rank()
     if cfg.tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
         raise BadInput("tracker wandb needs the package wandb; install it with: pip install -e '.[wandb]'")
     first, started, bits, r, tracker = None, time.perf_counter(), 0.0, None, None
-    for r in train(model_cfg, cfg, lambda run: say(heading(run)) if speaks else None):
+    for r in train(model_cfg, cfg, lambda run: say(heading(run, given)) if speaks else None):
         if not speaks: continue
         if first is None:
             first, tracker = r.step, make_tracker(model_cfg, cfg)
@@ -759,10 +760,71 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
     if speaks:
         if stopped: say(f'\nstopped after step {r.step}; the same command continues from there')
         data = TokenFile(cfg.dataset, 'val')
-        say('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data), r))
+        say('\n' + summary(resolve(cfg.out_dir), data, r))
         out = os.path.relpath(resolve(cfg.out_dir))
         if not (stopped or cfg.eval_only): say(f'next        python -m nanomoe.sample {out}, or python -m nanomoe.viz report {out}')
     return not stopped
+
+# %% ../nbs/12_train.ipynb #dry-run
+def dry_run(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> str:
+    "What a run would need: sizes by lesson 23's formulas, time by a few passes; raises `BadInput` where it could not start."
+    world, out_dir = launched_world(cfg.device), resolve(cfg.out_dir)
+    dtype, accumulated = find_dtype(cfg.dtype, world.device), len(my_micro_batches(cfg.gradient_accumulation_steps, world))
+    check_folder(out_dir)
+    model_cfg, data = expected_data(model_cfg, cfg.dataset)
+    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model_cfg.block_size
+    total, active = total_active(model_cfg)
+    rest, per_token = sum(state_bytes(model_cfg, cfg.optimizer).values()), flops_per_token(model_cfg)
+    peak = sum(step_bytes(model_cfg, cfg.batch_size, dtype != torch.float32, optimizer=cfg.optimizer).values())
+    memory = (torch.cuda.get_device_properties(world.device).total_memory if world.device.type == 'cuda' else
+              os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+    there = next(path for path in (out_dir, *out_dir.parents) if path.exists())
+    idle = without_effect(model_cfg, cfg, given)
+    lines = [f'model       {total:,} parameters, of which one token meets {active:,}', f'data        {data}',
+             f'step        {tokens:,} tokens; {cfg.max_iters:,} steps are {short(tokens * cfg.max_iters)} tokens',
+             f'work        {short(per_token)}FLOP per token, {short(per_token * tokens * cfg.max_iters)}FLOP in all',
+             f'memory      {short(rest)}B for weights, gradients and optimizer, {short(peak)}B at the peak of a step (estimated); {short(memory)}B are built in']
+    if peak > memory: lines += ['time        not measured: a step would not fit into memory']
+    else:
+        n, passing, updating = timed(model_cfg, cfg, world.device, dtype)
+        hours = cfg.max_iters * (accumulated * cfg.batch_size * model_cfg.block_size / n * passing + updating) / 3600
+        lines += [f'time        {hours:.2g} hours without evaluations, on {world.size} process{"es" * (world.size > 1)}; measured on {world.device.type}: '
+                  f'{n:,} random tokens in {passing:.2g} s, an update in {updating:.2g} s']
+    lines += [f'disk        {short(checkpoint_bytes(model_cfg, cfg.optimizer))}B per checkpoint, up to {cfg.keep_checkpoints + 2} at once; '
+              f'{short(shutil.disk_usage(there).free)}B are free', f'folder      {out_dir}' + ' (holds a run)' * checkpoint.is_run(out_dir)]
+    return '\n'.join(lines + [f'no effect   {", ".join(idle)}'] * bool(idle) + ['This was a dry run: nothing was trained or written.'])
+
+def expected_data(cfg: ModelConfig, dataset: str) -> tuple[ModelConfig, str]:
+    "The configuration with a vocabulary, and a line about the dataset; one that is yet to be prepared has the size it usually gets."
+    try: dataset_folder(dataset)
+    except BadInput as missing:
+        if not (V := cfg.vocab_size or VOCABULARIES.get(dataset)): raise
+        return dataclasses.replace(cfg, vocab_size=V), str(missing)
+    data = TokenFile(dataset, 'train')
+    n_windows(data, cfg.block_size)
+    return fit_vocabulary(cfg, data), f'{data.folder}: {len(data):,} tokens to train on'
+
+def timed(model_cfg: ModelConfig, cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, float, float]:
+    """Random tokens in a pass, its seconds forward and backward, and seconds of an update.
+
+    On a CPU passes grow from 64 tokens until one takes two seconds; elsewhere each is a whole micro-batch.
+    """
+    if device.type == 'cpu': keep_freed_memory()
+    model, B, T = GPT(model_cfg).to(device), cfg.batch_size, model_cfg.block_size
+    optimizer, (rows, length) = make_optimizer(model, cfg), (1, min(T, 64)) if device.type == 'cpu' else (B, T)
+    if cfg.compile or (cfg.compile is None and device.type == 'cuda'): model.compile()
+    def work():
+        ids = torch.randint(model_cfg.vocab_size, (rows, length + 1), device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): loss = model(ids[:, :-1], ids[:, 1:], keep_logits=False).losses.total
+        loss.backward()
+    def seconds(action: Callable) -> float:
+        begun = time.perf_counter()
+        action()
+        next(model.parameters()).flatten()[0].item()                     # waits for a GPU
+        return time.perf_counter() - begun
+    while min(passing := [seconds(work) for _ in range(3)]) < 2 and (rows, length) != (B, T):
+        rows, length = (1, min(2 * length, T)) if length < T else (min(2 * rows, B), T)
+    return rows * length, min(passing), min(seconds(optimizer.step) for _ in range(2))
 
 # %% ../nbs/12_train.ipynb #command-end
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
