@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .config import PRESETS, BadInput, ModelConfig, TrainConfig, from_command_line, nearest, one_sentence
+from .config import PRESETS, BadInput, ModelConfig, TrainConfig, from_command_line, nearest, one_sentence, subcommand
 from .data import TokenFile, training_batch
 from .experts import MLP, MoE
 from .model import GPT, moe_layers
@@ -371,10 +371,8 @@ def main(argv: list[str] | None = None):
     "`python -m nanomoe.bench {layer,step,scale,write,data} [--dtype bfloat16] [--against CLONE] …`"
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
-        asks = argv[:1] in (['-h'], ['--help'])
         kinds = dict(layer=layer, step=step, scale=scale, write=write, data=data)
-        if not asks and (not argv or argv[0] not in kinds): raise BadInput(f'usage: bench {{{",".join(kinds)}}}')
-        b = from_command_line(Bench, Bench(), argv if asks else argv[1:], f'python -m nanomoe.bench {{{",".join(kinds)}}}')
+        b = from_command_line(Bench, Bench(), argv[bool(subcommand(argv, kinds, 'bench')):], 'bench')
         check_bench(b, argv[0])
         prepare_process(b)
         rows = kinds[argv[0]](b)

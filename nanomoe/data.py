@@ -1327,8 +1327,7 @@ def main(argv: list[str] | None = None):
     argv = words_first(sys.argv[1:] if argv is None else argv)
     split = next((i for i, word in enumerate(argv) if word.startswith('-')), len(argv))
     with one_sentence():
-        o = from_command_line(Prepare, Prepare(), argv[split:],
-                              f'python -m nanomoe.data {{{",".join(NAMED)}}} or FILE_OR_FOLDER… or HUB/DATASET or check FOLDER…')
+        o = from_command_line(Prepare, Prepare(), argv[split:], 'data')
         try: carry_out(argv[:split], o)
         except KeyboardInterrupt:
             print('\nstopped; the same command goes on from its last note, if it came so far')
@@ -1341,6 +1340,9 @@ def carry_out(words: list[str], o: Prepare):
         for folder in words[1:]: print(verify(folder))
         return
     if not words: raise BadInput(f'name what to prepare: one of {", ".join(NAMED)}, or files and folders, or a dataset of the hub')
+    for word in words:
+        if word not in NAMED and re.fullmatch(r'[\w-]+', word) and not Path(word).exists():
+            raise BadInput(f'{word} does not exist{nearest(word, [*NAMED, "check"])}')
     begun, rest = time.perf_counter(), {k: v for k, v in vars(o).items() if k not in ('out', 'tokenizer', 'vocab_size')}
     manifest = prepare(words, o.out, o.tokenizer, o.vocab_size, show=True, **rest)
     for name, entry in manifest['splits'].items():

@@ -114,7 +114,7 @@ import hashlib, json, os, re, shutil, sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .config import from_command_line, one_sentence
+from .config import from_command_line, one_sentence, subcommand
 from .data import END, byte_alphabet, load_tokenizer, put_back, put_in_place, save_tokenizer, tiktokens_own
 from .experts import MLP, MoE
 from .model import moe_layers
@@ -479,9 +479,9 @@ def main(argv: list[str] | None = None):
         for before, word in zip(['', *argv], argv):
             is_value = before.startswith('--') and '=' not in before
             (options if word.startswith('-') or is_value else words).append(word)
-        from_command_line(Export, Export(), options, 'python -m nanomoe.pretrained export RUN DIR')
-        if words[:1] != ['export'] or len(words) != 3:
-            raise BadInput('say what to export and where to: export RUN DIR, such as export out/modern modern-hf')
+        from_command_line(Export, Export(), options, 'pretrained')
+        subcommand(words, ('export',), 'pretrained')
+        if len(words) != 3: raise BadInput('say what to export and where to: export RUN DIR, such as export out/modern modern-hf')
         gap = export_hf(words[1], words[2])
         print(f'exported    {words[1]} to {words[2]}; the logits of transformers differ by at most {gap:.1e}')
 

@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None):
     with one_sentence():
         if '--stop' not in argv: argv = words_first(argv)               # which takes several words
         run = argv[0] if argv and not argv[0].startswith('-') else None
-        s = from_command_line(Sampling, Sampling(), argv[1:] if run else argv, 'python -m nanomoe.sample RUN')
+        s = from_command_line(Sampling, Sampling(), argv[1:] if run else argv, 'sample')
         check_sampling(s)
         if run is None:
             raise BadInput('name the folder of a run, such as out/onboard; gpt2; a folder of transformers; a ckpt.pt')

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from . import checkpoint
 from .checkpoint import Lines, check_folder, cut_log, evaluations, hold, read_log, write_whole
-from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence, parse,
-                            resolve, say, to_dict)
+from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence,
+                            read_command, resolve, say, to_dict, without_effect)
 from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokenizer, mixed, n_windows, some_windows,
                           target_domains, token_bytes, training_batch, write_numbers)
 from .experts import MoE
@@ -699,15 +699,17 @@ def show(line: str, keep: bool):
     else: print('\r\033[K' + line, end='\n' if keep else '', flush=True)
 
 # %% ../nbs/12_train.ipynb #summary
-def heading(run: Trainer) -> str:
-    "What a run is about to do, and what it continues."
+def heading(run: Trainer, given: list[str] = ()) -> str:
+    "What a run is about to do, which of the given options change nothing, and what it continues."
     cfg, (total, active) = run.cfg, n_params(run.model)
     passes, processes = run.tokens_per_step * cfg.max_iters / len(run.data), run.world.size
     lines = [f'model       {total:,} parameters, of which one token meets {active:,}',
              f'data        {run.data.folder}: {len(run.data):,} tokens to train on',
-             f'step        {run.tokens_per_step:,} tokens; {cfg.max_iters:,} steps are {passes:.2g} times the data',
+             f'batch       {run.tokens_per_step:,} tokens per step; {cfg.max_iters:,} steps are {passes:.2g} times the data',
              f'device      {run.world.device.type}, {str(run.dtype).removeprefix("torch.")}, {processes} process{"es" * (processes > 1)}',
              f'folder      {run.out_dir}']
+    idle = without_effect(run.model_cfg, cfg, given)
+    if idle: lines += [f'no effect   {", ".join(idle)}']
     if run.before is None: return '\n'.join(lines)
     before, now = to_dict(ModelConfig(), TrainConfig()) | run.before, to_dict(run.model_cfg, cfg)
     changed = [f'{name} {before[name]} -> {now[name]}' for name in now if name != 'out_dir' and before[name] != now[name]]
@@ -715,18 +717,16 @@ def heading(run: Trainer) -> str:
                f'at step {run.step} of {cfg.max_iters} already; to train on, give a larger --max_iters')
     return '\n'.join([*lines, f'            {goes_on}' + (f'; changed: {", ".join(changed)}' if changed else '')])
 
-def summary(out_dir: Path, data: TokenFile, model_cfg: ModelConfig, newest: Record | None = None) -> str:
+def summary(out_dir: Path, data: TokenFile, newest: Record | None = None) -> str:
     "What the run in `out_dir` has reached, by its newest record or its log, beside general compressors."
     rows = read_log(out_dir/'log.jsonl') + ([newest.row()] if newest else [])
     rows, entry = [row for row in rows if 'val_ce' in row], data.manifest['splits']['val']
     saved = checkpoint.steps(out_dir)
-    with torch.device('meta'): total, active = n_params(GPT(model_cfg))
     lines = reached(rows[-1], entry) if rows else []
     if 'gzip_bytes' in entry:
         gzip, xz = (8 * entry[f'{name}_bytes'] / entry['bytes'] for name in ('gzip', 'xz'))
         lines += [f'compressors gzip -9 {gzip:.4f}, xz -9 {xz:.4f} bits per byte, '
                   f'on all {entry["bytes"]:,} held-out bytes']
-    lines += [f'parameters  {total:,}, of which one token meets {active:,}']
     if saved: lines += [f'checkpoint  {os.path.relpath(saved[-1])}']
     return '\n'.join(lines)
 
@@ -744,8 +744,11 @@ def main(argv: list[str] | None = None):
     code = 1
     try:
         with one_sentence():
-            model_cfg, cfg = parse(sys.argv[1:] if argv is None else argv)
-            code = 0 if watch(model_cfg, cfg) else 130
+            c = read_command(sys.argv[1:] if argv is None else argv)
+            if c.dry_run:
+                from nanomoe.sizing import dry_run
+                print(dry_run(c.model, c.train, c.given))
+            code = 0 if c.dry_run or watch(c.model, c.train, c.given) else 130
     except (SystemExit, Exception) as e:                                # Ctrl-C before the first step, or a third time
         if not os.environ.get('RANK'): raise
         if isinstance(e, SystemExit): code = e.code
@@ -753,13 +756,13 @@ def main(argv: list[str] | None = None):
     leave(code)
 
 # %% ../nbs/12_train.ipynb #command-watch
-def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
+def watch(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> bool:
     "Run `train`, telling the terminal and the tracker how it goes; returns whether it came to its end."
     speaks = not launched_rank()
     if cfg.tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
         raise BadInput("tracker wandb needs the package wandb; install it with: pip install -e '.[wandb]'")
     first, started, bits, r, tracker = None, time.perf_counter(), 0.0, None, None
-    for r in train(model_cfg, cfg, lambda run: say(heading(run)) if speaks else None):
+    for r in train(model_cfg, cfg, lambda run: say(heading(run, given)) if speaks else None):
         if not speaks: continue
         if first is None:
             first, tracker = r.step, make_tracker(model_cfg, cfg)
@@ -772,7 +775,7 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig) -> bool:
     if speaks:
         if stopped: say(f'\nstopped after step {r.step}; the same command continues from there')
         data = TokenFile(cfg.dataset, 'val')
-        say('\n' + summary(resolve(cfg.out_dir), data, fit_vocabulary(model_cfg, data), r))
+        say('\n' + summary(resolve(cfg.out_dir), data, r))
         out = os.path.relpath(resolve(cfg.out_dir))
         if not (stopped or cfg.eval_only): say(f'next        python -m nanomoe.sample {out}, or python -m nanomoe.viz report {out}')
     return not stopped

@@ -529,7 +529,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from .config import PRESETS, BadInput, from_command_line, nearest, one_sentence, resolve
+from .config import PRESETS, BadInput, from_command_line, nearest, one_sentence, resolve, subcommand
 from .data import dataset_folder, read_manifest
 
 # %% ../nbs/15_report.ipynb #log
@@ -976,13 +976,12 @@ def watch(run: str | Path, port: int = 8712, open: bool = True):
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.viz {experts,curve,report} RUN [--out FILE]`, `watch RUN [--port N]` or `model PRESET [--out FILE]`."
     argv = sys.argv[1:] if argv is None else argv
-    kind, asks = argv[0] if argv else '', {'-h', '--help'} & set(argv)
     with one_sentence():
-        if not asks and (len(argv) < 2 or kind not in ('experts', 'curve', 'report', 'watch', 'model')):
-            raise BadInput('say what to show and of what: experts RUN, curve RUN, report RUN, watch RUN, or model PRESET')
+        kind = subcommand(argv, ('experts', 'curve', 'report', 'watch', 'model'), 'viz')
         knobs = Watching() if kind == 'watch' else Picture()
-        prog = 'python -m nanomoe.viz {experts RUN, curve RUN, report RUN, watch RUN, model PRESET}'
-        knobs = from_command_line(type(knobs), knobs, ['--help'] if asks else argv[2:], prog)
+        asks = [word for word in argv if word in ('-h', '--help', '--version')]
+        knobs = from_command_line(type(knobs), knobs, asks or argv[2:], 'viz')
+        if len(argv) < 2 or argv[1].startswith('-'): raise BadInput(f'name the {"preset" if kind == "model" else "run"} to show')
         if kind == 'watch': watch(argv[1], knobs.port, knobs.open)
         else: print(f'{"report" if kind == "report" else "picture":11} {drawn(kind, argv[1], knobs.out)}')
 

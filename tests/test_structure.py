@@ -37,7 +37,7 @@ def test_the_modules_are_what_the_notebooks_export(tmp_path):
     subprocess.run([Path(sys.executable).parent/'nbdev_export'], cwd=tmp_path, check=True)
     made = {path.name: path.read_text() for path in (tmp_path/'nanomoe').glob('*.py')}
     assert made == {path.name: path.read_text() for path in (ROOT/'nanomoe').glob('*.py')}
-    assert {name + '.py' for name in MODULES} | {'__init__.py', '_modidx.py'} == made.keys()
+    assert {name + '.py' for name in MODULES} | {'__init__.py', '__main__.py', '_modidx.py'} == made.keys()
 
 
 def imported(tree: ast.AST, top_only: bool = False) -> set[str]:
