@@ -387,9 +387,9 @@ _presets['finetune_shakespeare'] = (gpt2_config('gpt2-xl'), TrainConfig(
 PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     name: (model, replace(train, out_dir=f'out/{name}')) for name, (model, train) in _presets.items()}
 PRESET_NOTES = {
-    'tiny': 'seconds: a first try, and tests', 'onboard': 'minutes on 2 CPU cores: what make train runs',
+    'tiny': 'arithmetic, in ten seconds', 'onboard': 'minutes on 2 CPU cores: what make train runs',
     'nano_moe': "nanoMoE's published run", 'nano_moe_dense': 'the same without experts',
-    'modern': 'the same FLOPs in 64 experts, as in Qwen3-MoE', 'gpt2': "nanoGPT's GPT-2, from scratch",
+    'modern': 'the same FLOPs in 64 experts, as Qwen3-MoE', 'gpt2': "nanoGPT's GPT-2, from scratch",
     'shakespeare': 'experts on Tiny Shakespeare', 'shakespeare_char': "nanoGPT's dense model of characters",
     **{f'eval_{name.replace("-", "_")}': f"validation loss of OpenAI's {name}" for name in GPT2_SIZES},
     'finetune_shakespeare': "nanoGPT's finetuning of GPT-2 XL"}

@@ -346,3 +346,84 @@ def test_a_start_says_what_it_does_and_what_it_continues(tmp_path, capsys):
     for words in ([], ['--eval_only=True']):
         with pytest.raises(SystemExit) as stop: said('--max_iters=4', f'--init_from={tmp_path}/run', *words)
         assert stop.value.code == 2 and 'holds a run with init_from=scratch' in capsys.readouterr().err
+
+
+# ---- what the command line says before it trains
+
+NAMES_OF_OTHERS = dict(out='out_dir', lr='learning_rate', epochs='max_iters', steps='max_iters', bs='batch_size', batch='batch_size', wd='weight_decay',
+                       warmup='warmup_iters', grad_accum='gradient_accumulation_steps', layers='n_layer', heads='n_head', experts='n_experts',
+                       topk='top_k', ctx='block_size', seq_len='block_size', context_length='block_size', save_interval='checkpoint_interval',
+                       data='dataset', clip='grad_clip', n_embed='n_embd', learningrate='learning_rate')
+
+
+@pytest.mark.parametrize('word, meant', NAMES_OF_OTHERS.items())
+def test_names_of_other_trainers_get_a_suggestion(word, meant, capsys):
+    assert said(train, ['tiny', f'--{word}=3'], capsys) == (2, f'there is no option --{word}; did you mean {meant}?')
+
+
+def test_a_forgotten_hyphen(capsys):
+    for word in ('max_iters=5', '-max_iters=5'):
+        assert said(train, ['tiny', word], capsys) == (2, 'an option begins with two hyphens: --max_iters=5')
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_printed_settings_give_the_same_again(name, tmp_path, capsys):
+    words = [name, '--max_iters=7', '--warmup_iters=3', '--run_name=a "b" ü\n', '--capacity_factor=None']
+    with pytest.raises(SystemExit) as stopped: train.main([*words, '--print_config'])
+    assert stopped.value.code in (0, None)
+    (tmp_path/'again.toml').write_text(capsys.readouterr().out)
+    assert parse([str(tmp_path/'again.toml')]) == parse(words)
+
+
+def test_tables_and_flat_files(tmp_path, capsys):
+    def read(text, ending='toml'):
+        (tmp_path/f'my.{ending}').write_text(text)
+        return [str(tmp_path/f'my.{ending}'), f'--out_dir={tmp_path}/run']
+    flat = parse(read('preset = "tiny"\nn_layer = 3\nmax_iters = 5\nwarmup_iters = 1\n'))
+    assert flat == parse(read('preset = "tiny"\n[model]\nn_layer = 3\n[train]\nmax_iters = 5\nwarmup_iters = 1\n'))
+    assert flat == parse(read('{"preset": "tiny", "model": {"n_layer": 3}, "train": {"max_iters": 5, "warmup_iters": 1}}', 'json'))
+    for text, sentence in (('[model]\nmax_iters = 5\n', 'max_iters belongs in [train], got it in [model]'),
+                           ('[modle]\nn_layer = 5\n', 'there is no table [modle]; did you mean model?'),
+                           ('n_layer = 2\n[model]\nn_layer = 5\n', 'n_layer is set twice'),
+                           ('[model]\nlayers = 5\n', 'there is no option layers in [model]; did you mean n_layer?')):
+        code, message = said(train, read(text), capsys)
+        assert code == 2 and 'my.toml' in message and sentence in message
+
+
+def test_the_example_files(tmp_path, small_run, capsys):
+    "Each is read; each is trained for two steps where its data and weights are others."
+    for path in sorted((Path(__file__).parents[1]/'configs').iterdir()):
+        own = [f'--dataset={small_run.parent}/data', f'--out_dir={tmp_path}/{path.stem}', '--device=cpu', '--max_iters=2', '--warmup_iters=1',
+               '--block_size=16', '--n_embd=24', '--n_head=6', '--batch_size=1', '--expert_width=8', '--vocab_size=None', '--init_from=scratch',
+               '--gradient_accumulation_steps=1', '--eval_iters=1', '--lr_decay_iters=2', '--min_lr=0', '--optimizer=adamw']
+        train.main([str(path), *own])
+        assert checkpoint.steps(tmp_path/path.stem)[-1].name == 'step-00000002'
+
+
+def test_a_dry_run_leaves_no_trace(tmp_path, monkeypatch, capsys):
+    before = sorted(path for path in tmp_path.rglob('*'))
+    train.main(['tiny', '--device=cpu', '--dry_run', f'--out_dir={tmp_path}/run'])
+    text = capsys.readouterr().out
+    assert 'model       83,392 parameters, of which one token meets 50,624' in text and '512 tokens per step' in text and 'minutes' in text
+    assert sorted(path for path in tmp_path.rglob('*')) == before
+    assert said(train, ['tiny', '--dry_run', '--top_k=9'], capsys)[0] == 2
+
+
+def test_what_a_dense_model_does_not_use_is_named(tmp_path, capsys):
+    train.main(['tiny', '--device=cpu', '--n_experts=1', '--top_k=3', '--balance=none', '--max_iters=1', '--warmup_iters=0', f'--out_dir={tmp_path}/run'])
+    assert 'no effect   top_k (n_experts=1), balance (n_experts=1)' in capsys.readouterr().out
+
+
+def test_an_overview_and_versions(capsys):
+    for words, parts in (([], ('nanomoe.train', 'nanomoe.viz', 'nanomoe.data')), (['--version'], ('nanomoe 0.1.0, torch ',))):
+        done = subprocess.run([sys.executable, '-m', 'nanomoe', *words], capture_output=True, text=True)
+        assert done.returncode == 0 and all(part in done.stdout for part in parts)
+    done = subprocess.run([sys.executable, '-m', 'nanomoe', 'sampel'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('there is no program sampel; did you mean sample?')
+
+
+def test_help_begins_with_presets_and_examples(capsys):
+    with pytest.raises(SystemExit): train.main(['--help'])
+    text = capsys.readouterr().out
+    assert text.index('presets') < text.index('examples') < text.index('--block_size') and all(name in text for name in PRESETS)
+    assert f'{"nano_moe":20} 55.1M 33.9M' in text and max(map(len, text.splitlines())) <= 80
