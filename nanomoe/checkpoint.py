@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['fsync', 'sha256', 'save', 'check_room', 'write_tensors', 'steps', 'step_of', 'put_aside', 'Checkpoint', 'load',
            'load_latest', 'sweep', 'Saver', 'optimizer_tensors', 'load_optimizer', 'cut_log', 'write_whole', 'read_log',
-           'log_lines', 'Lines', 'finite', 'evaluations', 'best_step', 'check_folder', 'is_run', 'hold']
+           'Log', 'log_row', 'numbers', 'log_lines', 'Lines', 'finite', 'evaluations', 'best_step', 'check_folder',
+           'is_run', 'hold']
 
 # %% ../nbs/09_checkpoint.ipynb #imports
 import errno, fcntl, hashlib, itertools, json, math, os, re, shutil, sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -176,11 +178,49 @@ def read_log(path: str | Path) -> list[dict]:
 
     A last line cut off by a crash is left out, any other bad one with a word on stderr.
     """
-    def known(value): return math.nan if value is None else value
-    def numbers(value):
-        if isinstance(value, dict): return {key: [*map(known, part)] if isinstance(part, list) else known(part) for key, part in value.items()}
-        return known(value)
-    return [{key: numbers(value) for key, value in row.items()} for _, row in log_lines(path)]
+    return Log(Path(path)).read()
+
+class Log:
+    "A growing file of JSON lines, such as a run's log.jsonl; `parse` makes a row of a line's object, or raises `ValueError`."
+    def __init__(self, path: Path, parse: Callable[[dict], dict] | None = None):
+        self.path, self.parse, self.rows, self.at, self.number = path, parse or numbers, [], 0, 0
+
+    def read(self) -> list[dict]:
+        "All complete lines so far; only what is new is read, unless the file was cut."
+        if not self.path.exists(): self.rows, self.at, self.number = [], 0, 0
+        else:
+            with open(self.path, 'rb') as f:
+                if os.fstat(f.fileno()).st_size < self.at: self.rows, self.at, self.number = [], 0, 0
+                f.seek(self.at)
+                new = f.read()
+            lines = new[:new.rfind(b'\n') + 1].split(b'\n')[:-1]
+            rows = [log_row(line, self.parse) for line in lines]
+            if self.at and rows and (rows[0] is None or self.rows and rows[0]['step'] < self.rows[-1]['step']):
+                self.rows, self.at, self.number = [], 0, 0      # cut and grown again: this may be the middle of a line
+                return self.read()
+            for n, (line, row) in enumerate(zip(lines, rows), self.number + 1):
+                if line and row is None: say(f'{self.path} line {n} cannot be read and is left out', sys.stderr)
+            self.rows = self.rows + [row for row in rows if row is not None]
+            self.at, self.number = self.at + new.rfind(b'\n') + 1, self.number + len(lines)
+        return self.rows
+
+def log_row(line: bytes, parse: Callable[[dict], dict]) -> dict | None:
+    "A line's row, which names its step, or None where it holds none."
+    try: row = json.loads(line)
+    except (ValueError, RecursionError): return None
+    if not isinstance(row, dict) or type(row.get('step')) is not int: return None
+    try: return parse(row)
+    except (ValueError, RecursionError): return None
+
+def numbers(value):
+    "Numbers, also in lists of equal shape and in dictionaries, with NaN for None; raises `ValueError` for anything else."
+    if value is None: return math.nan
+    if type(value) in (int, float): return value
+    if isinstance(value, dict): return {key: numbers(part) for key, part in value.items()}
+    if not isinstance(value, list): raise ValueError(f'no number: {value!r:.50}')
+    parts = [numbers(part) for part in value]
+    if len({len(part) if isinstance(part, list) else -1 for part in parts}) > 1: raise ValueError('parts of unequal length')
+    return parts
 
 def log_lines(path: str | Path) -> list[tuple[str, dict]]:
     "The sound lines of a log, each as it stands there and as what it says."

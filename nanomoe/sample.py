@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import FixedKVCache, KVCache
-from .checkpoint import read_log
+from .checkpoint import log_lines
 from .config import BadInput, ModelConfig, from_command_line, one_sentence, resolve, words_first
 from .data import ids_of, read_text
 from .model import GPT
@@ -191,7 +191,8 @@ def texts(model: GPT, tokenizer, idx: Tensor, s: Sampling) -> Iterator[Iterator[
 def beginnings(run: str | Path, tokenizer, length: int = 24) -> dict[str, str]:
     "The first tokens of each domain's held-out text, from samples.jsonl of a run; `BadInput` where it has none."
     folder = resolve(run)
-    if not (rows := read_log(folder/'samples.jsonl')):
+    rows = [row for _, row in log_lines(folder/'samples.jsonl') if {'domain', 'ids'} <= row.keys()]
+    if not rows:
         raise BadInput(f'domains needs the held-out texts of a run, and {folder} holds no samples.jsonl with any')
     return {row['domain']: tokenizer.decode([i for i in row['ids'] if i != tokenizer.eot_token][:length]) for row in rows if row['step'] == rows[-1]['step']}
 

@@ -176,6 +176,7 @@ class Record(NamedTuple):
     skipped: int                    # updates skipped so far because something was not finite
     spikes: int                     # updates so far whose loss leapt far above its recent mean
     val: dict                       # val_ce, val_bpb, … where evaluated, else empty
+    bpb: float | None = None        # ce in bits per byte, at the bytes that a token of the training text has on average
 
     def row(self) -> dict:
         "As one flat line of log.jsonl, without what is None."
@@ -276,6 +277,7 @@ class Trainer:
         self.before = resumed.meta['config'] if resumed else None       # the settings with which it was saved
         if resumed: restore(self, resumed)
         self.saved_at = self.step if resumed else None                  # step of the newest checkpoint
+        self.bits = len(self.data) / self.data.n_bytes / math.log(2)    # turns nats per token into bits per byte
         data, B, T = self.data, cfg.batch_size, self.model_cfg.block_size
         self.feed = Feed(lambda number: training_batch(data, number * B, B, T, cfg.seed), world.device, world.size)
         self.measure, self.hidden = routing_stats, self.model.hidden
@@ -545,7 +547,7 @@ def make_record(run: Trainer, stats: Tensor, norm: float, tok_per_s: float) -> R
                   load=layers[:, :-4].int().tolist(), drop_rate=mean(each.drop_rate), entropy=mean(each.entropy),
                   health=each, grad_norm=norm, lr=lr_at(run.step - 1, cfg), tok_per_s=tok_per_s,
                   mfu=tok_per_s * flops_per_token(model_cfg) / run.peak, skipped=run.skipped,
-                  spikes=run.level.spikes, val={})
+                  spikes=run.level.spikes, val={}, bpb=ce * run.bits)
 
 def mean(values: list[float]) -> float: return sum(values) / max(len(values), 1)
 
@@ -683,13 +685,13 @@ def log(run: Trainer) -> Record:
     return record
 
 # %% ../nbs/12_train.ipynb #main
-def live_line(r: Record, cfg: TrainConfig, bits: float, started: float, first: int) -> str:
-    "One line that says how the run is doing; `bits` turns nats per token into bits per byte."
+def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:
+    "One line that says how the run is doing."
     loads = [[n / max(sum(layer), 1) for n in layer] for layer in r.load]
     experts = f'busiest expert {max(map(max, loads)):.0%}  dropped {r.drop_rate:.1%}  ' if loads else ''
     left = round((time.perf_counter() - started) / max(r.step - first, 1) * (cfg.max_iters - r.step))     # seconds
     left = f'{left//60}:{left % 60:02} left' if r.step > first else ''      # unknown before a second line
-    line = (f'step {r.step:>{len(str(cfg.max_iters))}}/{cfg.max_iters}  ce {r.ce:.3f}  {r.ce*bits:.3f} bits/byte  '
+    line = (f'step {r.step:>{len(str(cfg.max_iters))}}/{cfg.max_iters}  ce {r.ce:.3f}  {r.bpb:.3f} bits/byte  '
             f'{r.tok_per_s:,.0f} tok/s  {experts}{left}')
     return line + (f'  | held out: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else '')
 
@@ -761,14 +763,13 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> bool:
     speaks = not launched_rank()
     if cfg.tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
         raise BadInput("tracker wandb needs the package wandb; install it with: pip install -e '.[wandb]'")
-    first, started, bits, r, tracker = None, time.perf_counter(), 0.0, None, None
+    first, started, r, tracker = None, time.perf_counter(), None, None
     for r in train(model_cfg, cfg, lambda run: say(heading(run, given)) if speaks else None):
         if not speaks: continue
         if first is None:
             first, tracker = r.step, make_tracker(model_cfg, cfg)
-            data = TokenFile(cfg.dataset, 'train')
-            bits, started = len(data) / data.n_bytes / math.log(2), time.perf_counter()
-        if r.ce is not None: show(live_line(r, cfg, bits, started, first), keep=bool(r.val))
+            started = time.perf_counter()
+        if r.ce is not None: show(live_line(r, cfg, started, first), keep=bool(r.val))
         if tracker: tracker.log(r.row(), step=r.step)
     if tracker: tracker.finish()
     stopped = r is not None and (r.step < cfg.max_iters or not r.val) and not cfg.eval_only      # the last has val

@@ -106,7 +106,7 @@ BAD = {
     'an empty stop': (sample, 'out/x --stop=', 'stop must be texts that are not empty, got an empty one'),
     'nothing to time': (bench, 'steps', 'there is no bench steps; did you mean step? (layer, step, scale, write, data; '),
     'nothing to draw': (viz, 'experts', 'name the run to show'),
-    'nothing to watch': (viz, 'watch out/nowhere', 'is no folder; name the folder of a run'),
+    'nowhere to watch at': (viz, 'watch out/nowhere --port=-1', 'port -1 of 127.0.0.1 cannot be used'),
     'nothing to report': (viz, 'report out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
     'no log': (viz, 'experts out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
 }

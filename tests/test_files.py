@@ -316,12 +316,12 @@ def test_a_run_keeps_to_its_mixture(tmp_path):
 def test_a_log_is_json_whatever_the_loss_is(tmp_path):
     lines = checkpoint.Lines(tmp_path/'log.jsonl')
     lines.append(dict(step=1, ce=float('nan'), lr=1e-3, health=dict(entropy=[1.0, float('inf')])))
-    lines.append(dict(step=2, ce=2.0, kept=[None, [True]]))
+    lines.append(dict(step=2, ce=2.0, load=[[1, 2], [3, 4]]))
     def refuse(name): raise AssertionError(name)
     rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
     assert rows[0]['ce'] is None and rows[0]['lr'] == 1e-3
     first, second = checkpoint.read_log(tmp_path/'log.jsonl')
-    assert np.isnan(first['ce']) and np.isnan(first['health']['entropy'][1]) and second['kept'] == [None, [True]]
+    assert np.isnan(first['ce']) and np.isnan(first['health']['entropy'][1]) and second['load'] == [[1, 2], [3, 4]]
     whole = (tmp_path/'log.jsonl').read_text()
     checkpoint.cut_log(tmp_path/'log.jsonl', 1)
     assert (tmp_path/'log.jsonl').read_text() == whole.splitlines(True)[0]

@@ -1,13 +1,16 @@
 """Pictures of runs that are not as they should be: dense, diverged, damaged, written by two, with odd names."""
 import http.client
+import io
 import json
 import shutil
+import socket
 import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -96,12 +99,54 @@ def test_where_experts_choose_only_the_text_is_shown(tmp_path):
     assert 'Text by expert' in page and 'Favourite' not in page and 'settled' not in page
 
 
-BAD = {'not JSON': ('log.jsonl', '{"step": 1}\nxyz\n', 'no line of a run'), 'a number': ('log.jsonl', '3\n', 'no line of a run'),
-       'no step': ('log.jsonl', '{"a": 1}\n', 'no line of a run'), 'no loss': ('log.jsonl', '{"step": 3}\n', 'holds no loss'),
-       'two writers': ('log.jsonl', ''.join(json.dumps(row(s)) + '\n' for s in (1, 3, 2)), 'two processes wrote into it'),
+DAMAGE = {'log.jsonl': ['xyz', '3', '[1]', '{"a": 1}', '{"step": "3"}', '{"step": true}', '{"step": 2, "ce": "low"}', '{"step": 2, "load": [[1, 2], [3]]}',
+                       '{"step": 2, "ce": [1]' , '{"step": 2, "health": "good"}', '[' * 5000, '\0\0\0', '{"step": 2, "ce": {"a": []}, "load": {"x": "y"}}'],
+          'samples.jsonl': ['xyz', '{"step": 5}', json.dumps(text(5) | {'pieces': 'abc'}), json.dumps(text(5) | {'expert_ids': [[1]]}),
+                            json.dumps(text(5) | {'gates': [['x']]}), json.dumps(text(5) | {'domain': 3}), json.dumps(text(5) | {'kept': [[1], [2]]})]}
+
+
+@pytest.mark.parametrize('file', DAMAGE)
+def test_a_damaged_line_costs_itself(file, tmp_path, capsys):
+    "Report, pictures and watcher show what the other lines say, and one word for each that is left out."
+    run = run_of(tmp_path/'run', WHOLE, [text(4), text(5)])
+    whole = {kind: viz.drawn(kind, str(run), None).read_bytes() for kind in ('report', 'curve', 'experts')}
+    lines = (run/file).read_text().splitlines(True)
+    (run/file).write_text(lines[0] + ''.join(line + '\n' for line in DAMAGE[file]) + ''.join(lines[1:]))
+    capsys.readouterr()
+    assert {kind: viz.drawn(kind, str(run), None).read_bytes() for kind in whole} == whole
+    assert capsys.readouterr().err.count('cannot be read and is left out') == len(DAMAGE[file]) * (3 if file == 'log.jsonl' else 1) + (
+        len(DAMAGE[file]) if file == 'log.jsonl' else 0)
+    live = viz.Live(run)
+    assert json.loads(live.answer('/board', 0, -1)[1])['step'] == 5 and json.loads(live.answer('/text', 0, -1)[1])['step'] == 5
+
+
+def test_the_later_of_two_writers_is_shown(tmp_path):
+    "As after a kill of which something lived on: what a later line of the same step or an earlier one replaces is left out."
+    run = run_of(tmp_path/'run', [row(s) for s in (1, 3, 4, 2, 3)])
+    assert [r['step'] for r in read_rows(run/'log.jsonl')] == [1, 2, 3]
+    odd = run_of(tmp_path/'odd', [*WHOLE[:2], row(999_999), *WHOLE[2:], row(6, load=[[1, 2]])])
+    assert [r['step'] for r in read_rows(odd/'log.jsonl')] == [1, 2, 3, 4, 5, 6] and '<h2>Experts' in report(odd)
+
+
+def test_every_picture_shows_the_same_bits_per_byte(tmp_path, monkeypatch):
+    "The log says them; logs of before get them from their last evaluation; without any the curve is in nats."
+    drawn, real = [], viz.loss_curve
+    def noted(rows, *more):
+        fig = real(rows, *more)
+        drawn.append(list(fig.axes[0].lines[0].get_ydata()))
+        return fig
+    monkeypatch.setattr(viz, 'loss_curve', noted)
+    for rows, wanted in (([row(s, bpb=7 / s) for s in (1, 2)], [7, 3.5]), (WHOLE[:2], [8, 4]),
+                         ([{k: v for k, v in row(s).items() if not k.startswith('val')} for s in (1, 2)], [5, 2.5])):
+        run = run_of(tmp_path/f'run{len(drawn)}', rows)
+        report(run)
+        viz.curve_of(run)
+        assert drawn[-2] == drawn[-1] == pytest.approx(wanted)
+
+
+BAD = {'no line': ('log.jsonl', 'xyz\n', 'holds no line of a run'), 'no loss': ('log.jsonl', '{"step": 3}\n', 'holds no loss'),
        'settings of another': ('config.json', '{"a": 1}', 'is not the config.json of a run'),
-       'settings cut off': ('config.json', '{"max_iters": ', 'is not the config.json of a run'),
-       'samples damaged': ('samples.jsonl', '[1]\n', 'no line of a run')}
+       'settings cut off': ('config.json', '{"max_iters": ', 'is not the config.json of a run')}
 
 
 @pytest.mark.parametrize('name', BAD)
@@ -111,12 +156,12 @@ def test_a_damaged_file_gets_one_sentence(name, tmp_path, capsys):
     (run/file).write_text(content)
     with pytest.raises(SystemExit) as stop: viz.main(['report', str(run)])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and sentence in said and said.count('\n') == 1
+    assert stop.value.code == 2 and sentence in said.splitlines()[-1]
     assert not (run/'report.html').exists()
 
 
 @pytest.mark.parametrize('words, sentence', [('experts {run} --out {run}', 'cannot be written: Is a directory'),
-                                             ('watch {run} --port 70000 --open=False', 'port 70000 cannot be used')])
+                                             ('watch {run} --port 70000 --open=False', 'port 70000 of 127.0.0.1 cannot be used')])
 def test_what_cannot_be_done_gets_one_sentence(words, sentence, tmp_path, capsys):
     run = run_of(tmp_path/'run', WHOLE)
     with pytest.raises(SystemExit) as stop: viz.main(words.format(run=run).split())
@@ -155,7 +200,7 @@ def test_the_watcher_says_what_is_wrong_and_goes_on(tmp_path):
         (run/'config.json').write_text(json.dumps(dict(max_iters=9, dataset='gone', n_experts=4)))
         assert ask('/board')[0] == ask('/text')[0] == 200                          # mended, and so is the page
         shutil.rmtree(run)
-        assert 'is gone' in ask('/board')[1]
+        assert 'which is not there' in ask('/board')[1]
     finally:
         http.shutdown()
         http.server_close()
@@ -182,12 +227,80 @@ def test_the_page_of_a_run_answers_this_machine_only(tmp_path):
 
 @pytest.mark.parametrize('change', [lambda line: line['expert_ids'][0][0].__setitem__(1, {'"><img src=x onerror=alert(1)>': 0}),
                                     lambda line: line.pop('gates'), lambda line: line.pop('domain')])
-def test_samples_that_are_none_are_one_sentence(change, tmp_path):
+def test_samples_that_are_none_are_left_out(change, tmp_path, capsys):
     "Above all no tags: what stands where an expert's number should never reaches a page."
     (tmp_path/'config.json').write_text(json.dumps(to_dict(ModelConfig(n_experts=4, router='expert_choice'), TrainConfig())))
     (tmp_path/'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0, val_ce=3.0, val_bpb=1.0)) + '\n')
     line = dict(step=1, domain='d', text='ab', pieces=['a', 'b'], ids=[0, 1], expert_ids=[[[0, 1], [2, 3]]], gates=[[[.5, .5], [.5, .5]]], kept=[None])
     change(line)
     (tmp_path/'samples.jsonl').write_text(json.dumps(line) + '\n')
-    with pytest.raises(BadInput, match='holds no texts of a run'): viz.report(tmp_path)
+    page = viz.report(tmp_path)
+    assert 'onerror' not in page and 'Text by expert' not in page and 'samples.jsonl line 1 cannot be read' in capsys.readouterr().err
     with pytest.raises(TypeError): viz.coloured_text(['a'], [[{'<b>': 0}]])
+
+
+def test_colours_keep_their_meaning_in_a_palette():
+    "Areas, small dots and thin lines of every expert, exactly; 256 shades nearly."
+    fig = viz.new_figure(4, 3)
+    ax = fig.subplots()
+    for e in range(24):
+        ax.scatter([e], [0], s=9, color=viz.expert_colour(e), linewidths=0)
+        ax.plot([0, 24], [e + 1, e + 1], lw=1, color=viz.expert_colour(e), antialiased=False)
+    ax.imshow(np.random.default_rng(0).random((40, 24)), cmap='viridis', extent=(0, 24, 30, 60), aspect='auto')     # many more areas
+    ax.set(xlim=(-1, 25), ylim=(-1, 60))
+    full = io.BytesIO()
+    fig.savefig(full, format='png')
+    before, after = (np.asarray(PIL.Image.open(io.BytesIO(b)).convert('RGB')) for b in (full.getvalue(), png(fig)))
+    for e in range(24):
+        rgb = [int(viz.expert_colour(e)[i:i + 2], 16) for i in (1, 3, 5)]
+        here = (before == rgb).all(-1)
+        assert here.any() and (after[here] == rgb).all(), e
+    assert png(viz.new_figure(1, 1)) == png(viz.new_figure(1, 1)) and png(viz.new_figure(1, 1))[:4] == b'\x89PNG'
+    for picture, most in ((np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1), 0),
+                          (np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3)), 17 / 2)):
+        assert abs(np.asarray(viz.in_palette(PIL.Image.fromarray(picture)).convert('RGB')) - picture.astype(int)).max() <= most
+
+
+def test_a_watcher_waits_for_its_run(tmp_path, capsys, monkeypatch):
+    "Started first, with another run beside it: it says so, serves, and shows the run when it comes, also after a new beginning."
+    run_of(tmp_path/'other', WHOLE)
+    (tmp_path/'none').mkdir()
+    monkeypatch.setattr(viz.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    viz.watch(tmp_path/'later', 0, False)
+    said = capsys.readouterr().out
+    assert f'waiting     for {tmp_path}/later; runs beside it: other' in said and 'ssh -L ' in said
+    live = viz.Live(tmp_path/'later')
+    assert '<script>' in live.answer('/', 0, -1)[1]
+    with pytest.raises(BadInput, match='waiting for'): live.answer('/board', 0, -1)
+    for rows in (WHOLE, WHOLE[:2], WHOLE[:1] * 1):
+        shutil.rmtree(tmp_path/'later', ignore_errors=True)
+        with pytest.raises(BadInput, match='waiting for'): live.answer('/board', 0, -1)
+        run_of(tmp_path/'later', rows)
+        assert json.loads(live.answer('/board', 0, -1)[1])['step'] == rows[-1]['step']
+
+
+def test_who_may_ask_the_watcher(tmp_path):
+    "Numbers, this machine's names and the given host; never a name from elsewhere, which its owner can make lead here."
+    run, me = run_of(tmp_path/'run', WHOLE), socket.gethostname()
+    for host, allowed, refused in (('127.0.0.1', ['127.0.0.1', 'localhost:8712', '[::1]', '192.168.0.7:1'], ['evil.example', f'{me}.example', '', 'localhost.evil']),
+                                   ('0.0.0.0', ['10.0.0.1', me, 'localhost'], ['evil.example'])):
+        with server(run, 0, host) as http:
+            threading.Thread(target=http.serve_forever, daemon=True).start()
+            for name in allowed + refused:
+                connection = http_client(http.server_port)
+                connection.request('GET', '/', headers={'Host': name})
+                assert connection.getresponse().status == (200 if name in allowed else 403), (host, name)
+            http.shutdown()
+
+
+def test_the_usual_port_may_be_taken(tmp_path, capsys, monkeypatch):
+    run = run_of(tmp_path/'run', WHOLE)
+    monkeypatch.setattr(viz.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BadInput, match=f'port {port} of 127.0.0.1 cannot be used'): viz.watch(run, port, False)
+
+
+def http_client(port: int): return http.client.HTTPConnection('127.0.0.1', port, timeout=10)
