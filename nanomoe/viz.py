@@ -842,8 +842,8 @@ def page(title: str, body: str) -> str:
             f'<title>{html.escape(title)}</title><style>{_style}</style><h1>{html.escape(title)}</h1>{body}</html>')
 
 _style = """:root { color-scheme: light dark } body { max-width: 1000px; margin: 2em auto; padding: 0 1em; font: 15px/1.5 sans-serif }
-img, svg { max-width: 100%; height: auto } .board { display: flex; flex-wrap: wrap; gap: 1em }
-.board svg { flex: 1 1 250px; max-width: 420px } table { display: block; overflow-x: auto } td { overflow-wrap: anywhere } th { text-align: left; padding-right: 2em; font-weight: normal; opacity: .7 }
+img, svg { max-width: 100%; height: auto } .board { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }
+.board svg { flex: 1 1 250px; max-width: 420px } table { display: block; overflow-x: auto } td, pre { overflow-wrap: anywhere } th { text-align: left; padding-right: 2em; font-weight: normal; opacity: .7 }
 h2 { margin: 2em 0 0 } p { margin: .3em 0; opacity: .7 } td { font-variant-numeric: tabular-nums }
 .tabs > input { position: absolute; opacity: 0 } .tabs > label { display: inline-block; padding: 2px 12px; cursor: pointer }
 .tabs > input:checked + label { border-bottom: 3px solid #0072B2 } .tabs > input:focus-visible + label { outline: 2px solid }

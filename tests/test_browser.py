@@ -182,6 +182,9 @@ def wait_for(fact, otherwise: str, seconds: float = 30):
         time.sleep(0.1)
 
 
+OVERHANGING = "() => [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + .5).map(e => e.tagName)"
+
+
 def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
     "A run of two processes is watched while it goes on; the page keeps its last picture when the watcher ends."
     run, quiet = tmp_path/'run', dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -209,10 +212,12 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
         assert len(steps) >= 3, steps                                   # it moved while the run did
         page.locator('#layer').select_option('1')
         wait_for(lambda: 'MoE layer 1' in page.locator('#board').inner_text(), 'the other layer never came')
+        page.set_viewport_size({'width': 360, 'height': 700})
+        assert page.evaluate(OVERHANGING) == []
         watch.send_signal(signal.SIGINT)
         assert watch.wait(20) == 0
         wait_for(lambda: 'the watcher has ended' in page.locator('#state').inner_text(), 'silent about its end')
-        assert page.locator('#board svg').count() == 1 and errors == []
+        assert page.locator('#board svg').count() == 3 and errors == []
         boards = [at for at, url in asked if '/board' in url]
         assert len(boards) / (boards[-1] - boards[0]) < 4               # questions a second
     finally:
@@ -239,6 +244,9 @@ def test_a_report_opens_from_disk(browser, tmp_path):
     assert second.is_visible() and not first.is_visible()
     assert [url for url in asked if not url.startswith(('file:', 'data:'))] == []
     page.screenshot(path=SHOTS/'report.png', full_page=True)
+    page.set_viewport_size({'width': 360, 'height': 1000})
+    assert page.evaluate(OVERHANGING) == []
+    page.set_viewport_size({'width': 960, 'height': 1000})
     page.evaluate('() => scrollTo(0, 0)')
     top, end = (page.get_by_role('heading', name=name).bounding_box()['y'] for name in ('Text by expert', 'Chosen together'))
     page.screenshot(path=SHOTS/'report-text.png', full_page=True, clip=dict(x=0, y=top - 10, width=960, height=end - top))
