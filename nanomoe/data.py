@@ -635,7 +635,9 @@ def write_splits(part: Path, sources: list[Source], tokenizer, at: Progress, sho
     "Encode and write what is still to do; the manifest entries of both splits, empty for one that got nothing."
     def writer(key: str) -> ShardWriter:
         split, domain = key.split(' ', 1)
-        if len({key.split(' ', 1)[1] for key in at.splits}) > 64: raise BadInput(f'at most 64 domains can be told apart, and {domain} is one more; name a folder, or quote a pattern')
+        if len({key.split(' ', 1)[1] for key in at.splits}) > 64:
+            (part/'progress.json').unlink(missing_ok=True)      # nothing could go on from it
+            raise BadInput(f'at most 64 domains can be told apart, and {domain} is one more; name a folder, or quote a pattern')
         return ShardWriter(part, f'{file_name(domain)}_{split}', tokenizer.n_vocab, mark=at.splits[key].get('mark'))
     writers = {}
     for key in at.splits: writers[key] = writer(key)

@@ -63,7 +63,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
 
     Ids from `n_vocab` on, which the tokenizer lacks, never come. With the cache each step reads only the newest
     token; once `block_size` positions are full, each reads the last `block_size` anew, because learnt positions
-    cannot be shifted. Only the last position goes through the head. With `compile`, steps of one token run compiled,
+    cannot be shifted. Where `eval_capacity_factor` makes queues, a single token always finds room: with the cache the text is another. Only the last position goes through the head. With `compile`, steps of one token run compiled,
     on CUDA as one CUDA graph.
     """
     size, was_training = model.cfg.block_size, model.training

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -198,7 +199,7 @@ def test_what_has_no_equal_is_named(name):
 
 
 @pytest.mark.parametrize('words, sentence', [
-    ('', 'say what to export'), ('export {run}', 'say what to export'), ('send {run} {new}', 'say what to export'),
+    ('', 'say what pretrained is to do'), ('export {run}', 'say what to export'), ('send {run} {new}', 'there is no pretrained send'),
     ('export --to gguf {run} {new}', 'gguf'), ('export out/nowhere {new}', 'out/nowhere holds no checkpoint'),
     ('export {run} {run}', 'holds something else than an earlier export'),
     ('export {pickled} {new}', 'is no file of arrays and plain values alone, and is not loaded'),
@@ -586,3 +587,39 @@ def test_a_killed_export_leaves_nothing_to_the_next(exported, tmp_path):
     (tmp_path/'.out.replaced'/'old').touch()
     export_hf(run, tmp_path/'out')
     assert {path.name for path in tmp_path.iterdir()} == {'out', running.name} and not (tmp_path/'out'/'old').exists()
+
+
+def test_a_folder_that_transformers_saved_again(exported, tokenizer, tmp_path):
+    "With its tokenizer it can be sampled and trained from, in several files and in bfloat16 too; without, a sentence names the file."
+    from transformers import AutoModelForCausalLM
+    for name in exported:
+        model, folder = exported[name]
+        made = tmp_path/name.replace(' ', '-')
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+        theirs.save_pretrained(made, max_shard_size='40KB')
+        if model.cfg.vocab_size < 50257:
+            with pytest.raises(BadInput, match='lacks tokenizer.json; copy it from where the weights come from'): sample.load(made, 'cpu')
+        AutoTokenizer.from_pretrained(folder).save_pretrained(made)
+        again, own = sample.load(made, 'cpu')
+        assert vocabulary(own) == vocabulary(tokenizer) and [own.encode_ordinary(t) for t in TEXT] == [tokenizer.encode_ordinary(t) for t in TEXT]
+        for key, tensor in model.state_dict().items(): assert torch.equal(tensor, again.state_dict()[key]), key
+        if len(list(made.glob('model-*.safetensors'))) < 2: assert sum(p.numel() for p in model.parameters()) < 20_000, name
+        theirs.bfloat16().save_pretrained(tmp_path/'half')
+        assert load_model(tmp_path/'half').wte.weight.float().sub(model.wte.weight).abs().max() < 0.02
+        shutil.rmtree(tmp_path/'half')
+    flat = json.loads((made/'tokenizer.json').read_text())
+    for change in (lambda f: f['model']['merges'].reverse(), lambda f: f['model'].pop('vocab'), lambda f: f.update(pre_tokenizer=None)):
+        other = json.loads(json.dumps(flat))
+        change(other)
+        (made/'tokenizer.json').write_text(json.dumps(other))
+        with pytest.raises(BadInput, match='is no byte-level BPE as exports have it'): sample.load(made, 'cpu')
+
+
+def test_the_run_that_everybody_has_has_an_exportable_sister(tmp_path):
+    "`onboard` itself is refused in a sentence that names it; both weigh about the same."
+    sizes = [n_params(GPT(replace(PRESETS[name][0], vocab_size=4096))) for name in ('onboard', 'onboard_modern')]
+    assert all(abs(a - b) < 0.02 * a for a, b in zip(*sizes))
+    with pytest.raises(BadInput, match='the preset onboard_modern trains one that has'): architecture(PRESETS['onboard'][0])
+    run = [f'--out_dir={tmp_path}/run', '--dataset=numbers', '--max_iters=2', '--warmup_iters=1', '--eval_iters=1', '--device=cpu', '--block_size=32']
+    list(train.train(*parse(['onboard_modern', *run])))
+    assert export_hf(tmp_path/'run', tmp_path/'hf') < 1e-5
