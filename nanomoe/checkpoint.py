@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['fsync', 'sha256', 'save', 'check_room', 'write_tensors', 'steps', 'step_of', 'put_aside', 'Checkpoint', 'load',
            'load_latest', 'sweep', 'Saver', 'optimizer_tensors', 'load_optimizer', 'cut_log', 'write_whole', 'read_log',
-           'Log', 'log_row', 'numbers', 'log_lines', 'Lines', 'finite', 'evaluations', 'best_step', 'check_folder',
-           'is_run', 'hold']
+           'Log', 'log_row', 'log_numbers', 'numbers', 'log_lines', 'Lines', 'finite', 'evaluations', 'best_step',
+           'check_folder', 'is_run', 'hold']
 
 # %% ../nbs/09_checkpoint.ipynb #imports
 import errno, fcntl, hashlib, itertools, json, math, os, re, shutil, sys
@@ -183,7 +183,7 @@ def read_log(path: str | Path) -> list[dict]:
 class Log:
     "A growing file of JSON lines, such as a run's log.jsonl; `parse` makes a row of a line's object, or raises `ValueError`."
     def __init__(self, path: Path, parse: Callable[[dict], dict] | None = None):
-        self.path, self.parse, self.rows, self.at, self.number = path, parse or numbers, [], 0, 0
+        self.path, self.parse, self.rows, self.at, self.number = path, parse or log_numbers, [], 0, 0
 
     def read(self) -> list[dict]:
         "All complete lines so far; only what is new is read, unless the file was cut."
@@ -212,14 +212,32 @@ def log_row(line: bytes, parse: Callable[[dict], dict]) -> dict | None:
     try: return parse(row)
     except (ValueError, RecursionError): return None
 
+def log_numbers(row: dict) -> dict:
+    "A line of a run's log, with NaN for None; raises `ValueError` where a figure has another shape than `Record` gives it."
+    row = {key: numbers(value) for key, value in row.items()}
+    load, health = row.get('load', []), row.get('health', {})
+    by_expert = {key: value for key, value in row.items() if key.startswith('val_load_')}
+    if not isinstance(load, list) or not isinstance(health, dict): raise ValueError('no load or no health')
+    for table in (load, *by_expert.values()):
+        if not isinstance(table, list) or not all(isinstance(layer, list) and layer and not isinstance(layer[0], list) for layer in table):
+            raise ValueError('a load is a list of lists')
+        if load and (len(table), len(table[0])) != (len(load), len(load[0])): raise ValueError('loads of other layers or experts')
+    for layers in health.values():
+        if not isinstance(layers, list) or any(isinstance(n, list) for n in layers) or 'load' in row and len(layers) != len(load):
+            raise ValueError('the health of other layers')
+    lists = {key for key, value in row.items() if isinstance(value, list | dict)} - {'load', 'health', *by_expert}
+    if lists: raise ValueError(f'{", ".join(lists)} cannot be a list')
+    return row
+
 def numbers(value):
     "Numbers, also in lists of equal shape and in dictionaries, with NaN for None; raises `ValueError` for anything else."
     if value is None: return math.nan
-    if type(value) in (int, float): return value
+    if type(value) is float or type(value) is int and abs(value) < 2**63: return value
     if isinstance(value, dict): return {key: numbers(part) for key, part in value.items()}
     if not isinstance(value, list): raise ValueError(f'no number: {value!r:.50}')
     parts = [numbers(part) for part in value]
-    if len({len(part) if isinstance(part, list) else -1 for part in parts}) > 1: raise ValueError('parts of unequal length')
+    if len({len(part) if isinstance(part, list | dict) else -1 for part in parts}) > 1: raise ValueError('parts of unequal length')
+    if any(isinstance(part, dict) for part in parts): raise ValueError('a dictionary in a list')
     return parts
 
 def log_lines(path: str | Path) -> list[tuple[str, dict]]:

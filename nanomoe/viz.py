@@ -333,10 +333,13 @@ class Board:
         self.due = (end := time.perf_counter()) + max(0.25, 50 * (end - start))
 
 # %% ../nbs/04_viz.ipynb #specialisation
-def domain_load(row: dict, layer: int) -> tuple[list[str], np.ndarray]:
-    "Of a log line with an evaluation: the domains' names, and their choices in a layer by expert, (D, E)."
-    names = [key.removeprefix('val_load_') for key in row if key.startswith('val_load_')]
-    return names, np.array([row[f'val_load_{name}'][layer] for name in names])
+def domain_load(row: dict, layer: int, most: int = 12) -> tuple[list[str], np.ndarray]:
+    "Of a log line with an evaluation: the domains' names, and their choices in a layer by expert, (D, E); small ones in one."
+    load = {key.removeprefix('val_load_'): np.array(row[key][layer]) for key in row if key.startswith('val_load_')}
+    small = sorted(load, key=lambda name: load[name].sum())[:len(load) - most + 1] if len(load) > most else []
+    shown = {name if len(name) <= 24 else f'{name[:14]}…{name[-9:]}': load[name] for name in load if name not in small}
+    if small: shown[f'{len(small)} others'] = sum(load[name] for name in small)
+    return list(shown), np.array(list(shown.values()))
 
 def specialisation(row: dict, layer: int, ax: Axes | None = None) -> Figure:
     "Expert × domain of one layer: 1 where a domain uses an expert no more and no less than a fair share."
@@ -547,10 +550,11 @@ from .data import dataset_folder, read_manifest
 def read_rows(path: Path) -> list[dict]:
     "The sound lines of a run's log.jsonl, each after the one before; raises `BadInput` when there are none."
     if not path.is_file(): raise BadInput(f'{path} does not exist; name the folder of a run')
-    rows = in_order(read_log(path))
+    rows = in_order(found := read_log(path))
+    if len(rows) < len(found): say(f'{path}: {len(found) - len(rows)} lines are left out, as later ones take their place', sys.stderr)
     if not rows: raise BadInput(f'{path} holds no line of a run yet')
     if not any('ce' in row or 'val_ce' in row for row in rows): raise BadInput(f'{path} holds no loss: it is no log of a run')
-    bits = next((row['val_bpb'] / row['val_ce'] for row in reversed(finite(rows, 'val_ce'))), None)
+    bits = next((row['val_bpb'] / row['val_ce'] for row in reversed(finite(finite(rows, 'val_ce'), 'val_bpb'))), None)
     return rows if bits is None else [{'bpb': row['ce'] * bits} | row if 'ce' in row else row for row in rows]     # logs of before lack it
 
 def in_order(rows: Sequence[dict]) -> list[dict]:
@@ -579,7 +583,8 @@ def settings_of(run: Path) -> dict:
     try: flat = json.loads((run/'config.json').read_text())
     except FileNotFoundError: return {}
     except ValueError: flat = None
-    if not isinstance(flat, dict) or not isinstance(flat.get('max_iters'), int) or not isinstance(flat.get('dataset'), str):
+    if not isinstance(flat, dict) or not isinstance(flat.get('max_iters'), int) or not isinstance(flat.get('dataset'), str) \
+            or type(flat.get('n_experts', 1)) is not int:
         raise BadInput(f'{run/"config.json"} is not the config.json of a run')
     return flat
 
@@ -613,10 +618,12 @@ def samples_of(lines: Sequence[dict], logged: int) -> Samples | None:
 
     None before the first evaluation, and for a model without experts.
     """
-    by_step = {}
+    lines = [line for line in lines if line['step'] <= logged and line.get('expert_ids')]
+    if not lines: return None
+    def kind(line): return len(line['expert_ids']), len(line['expert_ids'][0][0])       # (L, K)
+    usual, by_step = Counter(map(kind, [line for line in lines if line['step'] == lines[-1]['step']])).most_common(1)[0][0], {}
     for line in lines:
-        if line['step'] <= logged and line.get('expert_ids') and line['gates']: by_step.setdefault(line['step'], {})[line['domain']] = line
-    if not by_step: return None
+        if kind(line) == usual: by_step.setdefault(line['step'], {})[line['domain']] = line     # not from before a change of top_k
     ids = {step: np.concatenate([line['expert_ids'] for line in texts.values()], 1).astype(int) for step, texts in by_step.items()}
     last, final = by_step[max(by_step)], ids[max(by_step)]                  # final (L, N, K)
     alike = [step for step in ids if ids[step].shape == final.shape]        # not from before a change of top_k
@@ -633,7 +640,7 @@ def text_row(row: dict) -> dict:
     if not isinstance(row.get('domain'), str) or not isinstance(pieces, list) or not all(isinstance(p, str) for p in pieces):
         raise ValueError('no text')
     gates, kept = np.array(row.get('gates')), row.get('kept') or [None]
-    if ids.size and not (ids.dtype.kind == 'i' and ids.ndim == 3 and ids.shape[1] == len(pieces) and ids.min() >= 0 and gates.dtype.kind in 'fi'
+    if ids.size and not (ids.dtype.kind == 'i' and ids.ndim == 3 and ids.shape[1] == len(pieces) and 0 <= ids.min() <= ids.max() < 2**12 and gates.dtype.kind in 'fi'
                          and gates.shape == ids.shape and all(k is None or np.shape(k) == ids.shape[1:] for k in kept) and len(kept) == len(ids)):
         raise ValueError('no choices')
     return row
@@ -773,7 +780,7 @@ def table(rows: Sequence[Sequence]) -> str:
 
 def facts(rows: Sequence[dict], settings: dict) -> str:
     "HTML table of what a run has come to."
-    last, held = rows[-1], finite(rows, 'val_ce')
+    last, held = rows[-1], finite(finite(rows, 'val_ce'), 'val_bpb')
     speeds = [row['tok_per_s'] for row in rows if 'tok_per_s' in row]
     of = f' of {settings["max_iters"]:,}' if settings else ''
     lines = [('steps', f'{last["step"]:,}{of}'), ('tokens trained on', f'{last.get("tokens", 0):,}')]
@@ -800,7 +807,7 @@ def report(run: str | Path) -> str:
     return page(run.resolve().name, ''.join(f'<h2>{title}</h2>{words[title]}{body}' for title, body in sections.items()))
 
 # %% ../nbs/15_report.ipynb #captions
-def n_experts_of(s: Samples, settings: dict) -> int: return settings.get('n_experts') or int(s.expert_ids.max()) + 1
+def n_experts_of(s: Samples, settings: dict) -> int: return max(settings.get('n_experts') or 0, int(s.expert_ids.max()) + 1)
 
 _captions = {
     'Loss': 'Bits per byte count the bytes of the text, so runs with other vocabularies compare.',

@@ -124,8 +124,8 @@ def test_the_later_of_two_writers_is_shown(tmp_path):
     "As after a kill of which something lived on: what a later line of the same step or an earlier one replaces is left out."
     run = run_of(tmp_path/'run', [row(s) for s in (1, 3, 4, 2, 3)])
     assert [r['step'] for r in read_rows(run/'log.jsonl')] == [1, 2, 3]
-    odd = run_of(tmp_path/'odd', [*WHOLE[:2], row(999_999), *WHOLE[2:], row(6, load=[[1, 2]])])
-    assert [r['step'] for r in read_rows(odd/'log.jsonl')] == [1, 2, 3, 4, 5, 6] and '<h2>Experts' in report(odd)
+    odd = run_of(tmp_path/'odd', [*WHOLE[:2], row(999_999), *WHOLE[2:]])
+    assert [r['step'] for r in read_rows(odd/'log.jsonl')] == [1, 2, 3, 4, 5] and '<h2>Experts' in report(odd)
 
 
 def test_every_picture_shows_the_same_bits_per_byte(tmp_path, monkeypatch):
@@ -304,3 +304,25 @@ def test_the_usual_port_may_be_taken(tmp_path, capsys, monkeypatch):
 
 
 def http_client(port: int): return http.client.HTTPConnection('127.0.0.1', port, timeout=10)
+
+
+@pytest.mark.parametrize('rows', [[row(s) | {'health': {'busiest': [1.0]}} for s in (1, 2)], [row(1), row(2, load=[[1, 2, 3, 4]] * 3), row(3)],
+                                  [row(1), row(2, val_load_a=[[1, 2]]), row(3)], [row(1), row(2, health=3), row(3)], [row(1), row(2, ce=10**400), row(3)],
+                                  [row(1), row(2, load=[[{}] * 4] * 2), row(3)], [row(1), row(2, val_bpb=[1]), row(3)],
+                                  [row(1), row(2, tokens=[1]), row(3)]])
+def test_a_figure_of_another_shape_costs_its_line(rows, tmp_path):
+    run = run_of(tmp_path/'run', rows, [text(3), text(3, 'b', expert_ids=[[[0, 9]] * 6] * 2), text(3, 'c', expert_ids=[[[0, 1]] * 6], gates=[[[.5, .5]] * 6], kept=[None])])
+    whole = [r['step'] for r in rows if r['step'] != 2] if len(rows) == 3 else []
+    if not whole:
+        with pytest.raises(BadInput, match='holds no line of a run yet'): report(run)
+        return
+    assert [r['step'] for r in read_rows(run/'log.jsonl')] == whole and '<h2>Experts' in report(run)
+    assert json.loads(viz.Live(run).answer('/board', 0, -1)[1])['step'] == 3 and viz.Live(run).answer('/text', 0, -1)
+
+
+def test_many_domains_with_long_names_stay_readable():
+    "Eleven of their own, the others as one, no name longer than what fits; no choice is lost."
+    rows = [row(1) | {f'val_load_{"a rather long name " * 9}{i}': [[i + 1, 1, 1, 1]] * 2 for i in range(60)}]
+    names, load = viz.domain_load(rows[0], 1)
+    assert len(names) == len(set(names)) == len(load) == 12 and names[-1] == '50 others' and max(map(len, names)) <= 24
+    assert load.sum() == sum(range(1, 61)) + 3 * 60 + 10 and png(experts_figure(rows))
