@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'OTHER_NAMES', 'CHANGEABLE', 'GPT2_SIZES', 'PRESETS', 'PRESET_NOTES', 'VOCABULARIES', 'TABLES', 'PROGRAMS',
            'ModelConfig', 'TrainConfig', 'BadInput', 'say', 'launched_rank', 'what_to_install', 'one_sentence',
-           'unheard', 'likeness', 'nearest', 'check_name', 'field_names', 'to_dict', 'from_dict', 'check_kinds',
-           'spelled', 'model_problems', 'allowed_changes', 'train_problems', 'conflicts', 'check', 'gpt2_config',
-           'parts', 'total_active', 'short', 'starting_point', 'flattened', 'check_place', 'as_toml',
-           'from_command_line', 'option_names', 'check_word', 'subcommand', 'CommandLine', 'Command', 'words_first',
-           'read_command', 'parse', 'without_effect', 'Program', 'version', 'help_text', 'preset_lines', 'overview',
-           'home', 'resolve']
+           'refuse', 'tell_launcher', 'unheard', 'likeness', 'nearest', 'check_name', 'field_names', 'to_dict',
+           'from_dict', 'check_kinds', 'spelled', 'model_problems', 'allowed_changes', 'train_problems', 'conflicts',
+           'check', 'gpt2_config', 'parts', 'total_active', 'short', 'starting_point', 'flattened', 'check_place',
+           'as_toml', 'from_command_line', 'option_names', 'check_word', 'subcommand', 'CommandLine', 'Command',
+           'words_first', 'read_command', 'parse', 'without_effect', 'Program', 'version', 'help_text', 'preset_lines',
+           'overview', 'home', 'resolve']
 
 # %% ../nbs/00_config.ipynb #imports
 import dataclasses, difflib, errno, importlib.metadata, io, itertools, json, math, os, re, sys, time, tomllib, types, typing
@@ -139,17 +139,26 @@ def one_sentence():
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.ENAMETOOLONG): raise
         if e.filename is None: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f'{e.strerror}: {str(e.filename or "what is to be written here")[:200]}', file=sys.stderr, flush=True)
-        sys.exit(2)
+        refuse(f'{e.strerror}: {str(e.filename or "what is to be written here")[:200]}')
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)): raise
-        print(f'there is not enough memory for this ({str(e).splitlines()[0][:200] if str(e) else "MemoryError"})', file=sys.stderr, flush=True)
-        sys.exit(2)
+        refuse(f'there is not enough memory for this ({str(e).splitlines()[0][:200] if str(e) else "MemoryError"})')
     except (BadInput, ModuleNotFoundError) as e:
         if not (sentence := str(e) if isinstance(e, BadInput) else what_to_install(e.name)): raise
         if os.environ.get('RANK') not in (None, '', '0'): time.sleep(5)
-        print(sentence, file=sys.stderr, flush=True)
-        sys.exit(2)
+        refuse(sentence)
+
+def refuse(sentence: str):
+    "End the program with the sentence and exit code 2."
+    tell_launcher(sentence)
+    print(sentence, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+def tell_launcher(words: str):
+    "Have torchrun's report of a failed process end with these words instead of advice on its settings."
+    if not (path := os.environ.get('TORCHELASTIC_ERROR_FILE')): return
+    with suppress(OSError):                                             # a full disk: the words have been printed
+        Path(path).write_text(json.dumps({'message': {'message': words, 'extraInfo': {'timestamp': str(int(time.time()))}}}))
 
 @contextmanager
 def unheard():

@@ -1242,8 +1242,10 @@ def on_hub(source: str) -> bool:
 
 # %% ../nbs/16_corpora.ipynb #prepare-source
 def destination(sources: list[str], out: str | None) -> Path:
-    "The folder that is written: `out`, or data/NAME."
-    return resolve(out or f'data/{label(sources[0])}').resolve()
+    "The folder that is written: `out`, or data/NAME; raises `BadInput` for a mount point."
+    folder = resolve(out or f'data/{label(sources[0])}').resolve()
+    if os.path.ismount(folder): raise BadInput(f'{folder} is a mount point, which no finished dataset can take the place of; name a folder in it')
+    return folder
 
 def prepare(source: str | list[str], out_dir: str | Path | None = None, tokenizer: str | None = None,
             vocab_size: int | None = None, show: bool = False, **options) -> dict:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import BadInput, launched_rank
+from .config import BadInput, launched_rank, tell_launcher
 
 # %% ../nbs/11_parallel.ipynb #find-device
 def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
@@ -172,7 +172,9 @@ class Heartbeat:
             if now - slept > pause + self.timeout / 2: self.since = max(self.since, now)        # never begun: inf
             with suppress(RuntimeError): self.tell()                    # without the store there is nobody to tell
             if now - self.since > self.timeout:
-                if words := self.verdict(): print(words, file=sys.stderr, flush=True)
+                if words := self.verdict():
+                    tell_launcher(words)
+                    print(words, file=sys.stderr, flush=True)
                 else: time.sleep(self.timeout / 2)                      # for another process to say
                 os._exit(1)
             slept = time.monotonic()

@@ -28,7 +28,7 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import Lines, check_folder, cut_log, evaluations, hold, read_log, write_whole
 from .config import (BadInput, ModelConfig, TrainConfig, allowed_changes, check, launched_rank, one_sentence,
-                            read_command, resolve, say, to_dict, without_effect)
+                            read_command, resolve, say, tell_launcher, to_dict, without_effect)
 from .data import (TokenFile, all_windows, batch_at, compared_later, load_tokenizer, mixed, n_windows, some_windows,
                           target_domains, token_bytes, training_batch, write_numbers)
 from .experts import MoE
@@ -754,7 +754,9 @@ def main(argv: list[str] | None = None):
     except (SystemExit, Exception) as e:                                # Ctrl-C before the first step, or a third time
         if not os.environ.get('RANK'): raise
         if isinstance(e, SystemExit): code = e.code
-        else: traceback.print_exc()
+        else:
+            tell_launcher(f'{type(e).__name__}: {e}')
+            traceback.print_exc()
     leave(code)
 
 # %% ../nbs/12_train.ipynb #command-watch

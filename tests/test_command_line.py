@@ -168,13 +168,16 @@ def test_the_process_itself_exits_with_2():
     assert (run.returncode, run.stderr, run.stdout) == (2, sentence, '')
 
 
-def test_under_torchrun_the_sentence_comes_once():
+def test_under_torchrun_the_sentence_comes_once_and_last():
+    "From the first process, and at the end of torchrun's own report."
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     options = ['tiny', '--gradient_accumulation_steps', '3', '--out_dir', '/nonexistent']
     run = subprocess.run([*torchrun, '-m', 'nanomoe.train', *options], capture_output=True, text=True,
                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     sentence = 'gradient_accumulation_steps must be a multiple of the 2 processes, such as 2 or 4, got 3'
-    assert run.returncode == 1 and run.stderr.count(sentence) == 1
+    said = run.stderr.splitlines()
+    assert run.returncode == 1 and said.count(sentence) == 1 and run.stderr.count(sentence) == 2
+    assert [line for line in said if line.strip(' =')][-1].endswith(f'traceback : {sentence}')
 
 
 def test_a_port_in_use(tmp_path):
