@@ -114,8 +114,8 @@ def test_a_damaged_line_costs_itself(file, tmp_path, capsys):
     (run/file).write_text(lines[0] + ''.join(line + '\n' for line in DAMAGE[file]) + ''.join(lines[1:]))
     capsys.readouterr()
     assert {kind: viz.drawn(kind, str(run), None).read_bytes() for kind in whole} == whole
-    assert capsys.readouterr().err.count('cannot be read and is left out') == len(DAMAGE[file]) * (3 if file == 'log.jsonl' else 1) + (
-        len(DAMAGE[file]) if file == 'log.jsonl' else 0)
+    said = capsys.readouterr().err.count('cannot be read and is left out')
+    assert said == len(DAMAGE[file]) * (3 if file == 'log.jsonl' else 1)           # once for each picture that reads the file
     live = viz.Live(run)
     assert json.loads(live.answer('/board', 0, -1)[1])['step'] == 5 and json.loads(live.answer('/text', 0, -1)[1])['step'] == 5
 
@@ -128,20 +128,21 @@ def test_the_later_of_two_writers_is_shown(tmp_path):
     assert [r['step'] for r in read_rows(odd/'log.jsonl')] == [1, 2, 3, 4, 5] and '<h2>Experts' in report(odd)
 
 
-def test_every_picture_shows_the_same_bits_per_byte(tmp_path, monkeypatch):
-    "The log says them; logs of before get them from their last evaluation; without any the curve is in nats."
-    drawn, real = [], viz.loss_curve
-    def noted(rows, *more):
-        fig = real(rows, *more)
-        drawn.append(list(fig.axes[0].lines[0].get_ydata()))
-        return fig
-    monkeypatch.setattr(viz, 'loss_curve', noted)
-    for rows, wanted in (([row(s, bpb=7 / s) for s in (1, 2)], [7, 3.5]), (WHOLE[:2], [8, 4]),
-                         ([{k: v for k, v in row(s).items() if not k.startswith('val')} for s in (1, 2)], [5, 2.5])):
-        run = run_of(tmp_path/f'run{len(drawn)}', rows)
-        report(run)
+def test_every_picture_shows_the_same_losses(tmp_path, monkeypatch):
+    "Report, curve, watcher and board: bits per byte by the log, or for a log of before by its last evaluation; without any, nats."
+    drawn, real = [], viz.curve_points
+    monkeypatch.setattr(viz, 'curve_points', lambda rows: drawn.append(real(rows)) or drawn[-1])
+    bare = [{k: v for k, v in row(s).items() if not k.startswith('val')} for s in (1, 2)]
+    for rows, unit, wanted in (([row(s, bpb=7 / s) for s in (1, 2)], 'bits per byte', [7, 3.5]), (WHOLE[:2], 'bits per byte', [8, 4]),
+                               ([row(1, bpb=7), row(2), row(3, bpb=float('nan'))], 'bits per byte', [7]), (bare, 'nats per token', [5, 2.5])):
+        drawn.clear()
+        run = run_of(tmp_path/f'run{wanted}', rows)
+        page = report(run)
         viz.curve_of(run)
-        assert drawn[-2] == drawn[-1] == pytest.approx(wanted)
+        board = json.loads(viz.Live(run).answer('/board', 0, -1)[1])['svg']
+        assert f'{unit}: — batch' in board and f'{unit}: — batch' in board_svg(read_rows(run/'log.jsonl')) and '<h2>Loss' in page
+        assert len(drawn) == 4 and {u for u, *_ in drawn} == {unit}
+        for _, trained, held in drawn: assert trained[:, 1].tolist() == pytest.approx(wanted) and (held == drawn[0][2]).all()
 
 
 BAD = {'no line': ('log.jsonl', 'xyz\n', 'holds no line of a run'), 'no loss': ('log.jsonl', '{"step": 3}\n', 'holds no loss'),
@@ -326,3 +327,81 @@ def test_many_domains_with_long_names_stay_readable():
     names, load = viz.domain_load(rows[0], 1)
     assert len(names) == len(set(names)) == len(load) == 12 and names[-1] == '50 others' and max(map(len, names)) <= 24
     assert load.sum() == sum(range(1, 61)) + 3 * 60 + 10 and png(experts_figure(rows))
+
+
+@pytest.mark.parametrize('damage', [dict(health={'busiest': [1.5, 1.2]}), dict(load=[[None, 1, 2, 3]] * 2), dict(load=[[-1, 1, 2, 3]] * 2), dict(load=[[1, 2, 3, 4]] * 3, health={}),
+                                    dict(val_load_a=[[None, 1, 2, 3]] * 2), dict(val_ce=0, val_bpb=0), dict(load=None, health=None)])
+def test_a_figure_that_is_missing_or_none_costs_its_line(damage, tmp_path):
+    "Also in the last line, which says what the watcher shows, and of which layer."
+    for rows in ([*WHOLE[:4], row(5, **damage)], [row(1, **damage), *WHOLE[1:]]):
+        run = run_of(tmp_path/'run', rows, [text(4), text(5)])
+        page = report(run)
+        assert '<h2>Experts' in page and '<h2>Health' in page and '<h2>Text by expert' in page
+        shown = json.loads(viz.Live(run).answer('/board', 2, -1)[1])
+        assert shown['layers'] == 2 and 'MoE layer 1' in shown['svg'] and 'nan' not in shown['svg']
+
+
+def test_a_damaged_text_costs_itself_alone(tmp_path, capsys):
+    "Of an evaluation of two texts the other stays, with its history; an expert that the log does not know is none."
+    lines = [text(step, name) for step in (3, 4, 5) for name in 'ab']
+    lines[-1] = text(5, 'b', expert_ids=[[[0, 7]] * 6] * 2)
+    run = run_of(tmp_path/'run', WHOLE, [*lines, text(5, 'c', expert_ids=[[], []], gates=[], kept=[None] * 2)])
+    found = viz.read_samples(run)
+    assert found.steps == [3, 4, 5] and found.expert_ids.shape == (3, 2, 6, 2) and [line['domain'] for line in found.lines] == ['a']
+    assert 'samples.jsonl line 6 cannot be read' in capsys.readouterr().err
+    (run/'samples.jsonl').write_text(json.dumps(text(5) | {'gates': [[[float('nan')] * 2] * 6] * 2}) + '\n')
+    assert viz.read_samples(run) is None
+
+
+def test_a_page_says_which_folder_it_waits_for(tmp_path, capsys):
+    run = tmp_path/'<b>later\x1b[31m'
+    for make, words in ((lambda: None, 'which is not there'), (run.mkdir, 'to get its first line')):
+        make()
+        page = viz.Live(run).answer('/', 0, -1)[1]
+        assert f'waiting for {tmp_path}/&lt;b&gt;later\\x1b[31m' in page and words in page and '\x1b' not in page
+        with pytest.raises(BadInput, match=words): viz.Live(run).answer('/board', 0, -1)
+    run_of(run, WHOLE)
+    assert 'waiting for' not in viz.Live(run).answer('/', 0, -1)[1]
+    with pytest.raises(BadInput, match='is a file'): viz.watch(run/'log.jsonl', 0, False)
+
+
+@pytest.mark.parametrize('host, at', [('127.0.0.1', 'localhost'), ('127.0.0.2', '127.0.0.2'), ('::1', 'localhost')])
+def test_a_watcher_says_how_to_reach_it(host, at, tmp_path, capsys, monkeypatch):
+    "From another machine too, where nobody is logged in by name; where the usual port is taken, at the next."
+    if host == '::1' and not socket.has_ipv6: pytest.skip('no IPv6 here')
+    run, ports = run_of(tmp_path/'run', WHOLE), []
+    monkeypatch.setattr(viz.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with viz.server_at(run, None, host) as first:
+        viz.watch(run, None, False, host)
+        port = int(capsys.readouterr().out.split('ssh -L ')[1].split(':')[0])
+        assert 8712 <= first.server_port < port < 8732
+    viz.watch(run, 0, False, host)
+    said = capsys.readouterr().out
+    port = said.split('ssh -L ')[1].split(':')[0]
+    assert f'at http://{at}:{port}/' in said.splitlines()[0] and f'ssh -L {port}:{at}:{port} {socket.gethostname()}' in said
+
+
+EVIL = ['\x1b[31mred\x07', '\u202egnp.exe', 'a\0b\x85c', '<b>\x9b31m', '\x1b]0;title\x07', '\ud800', 'line\u2028']
+
+
+def test_nothing_that_a_terminal_or_a_page_obeys_is_shown_as_it_is(tmp_path, capsys):
+    "Escapes, zeros, turns of direction and half characters are written out, in names of runs and domains and in texts."
+    run = run_of(tmp_path/'run\x1b[31m', [row(s) | {f'val_{kind}_{name}': value for name in EVIL for kind, value in (('load', [[1, 2, 3, 4]] * 2), ('bpb', 2.0))}
+                                          for s in (1, 2)], [text(2, name, [*EVIL, '\t', '\n', '\r']) for name in EVIL])
+    live, board = viz.Live(run), viz.svg_words(0, 0, ''.join(EVIL))
+    shown = [report(run), live.answer('/', 0, -1)[1], *(part for kind in ('board', 'text') for part in map(str, json.loads(live.answer(f'/{kind}', 0, -1)[1]).values())), board]
+    viz.main(['experts', str(run), '--out', str(tmp_path/'p\x1b[31m.png')])
+    said = capsys.readouterr()
+    for words in (*shown, said.out): assert not any(ch in words for ch in '\x1b\x07\0\x85\x9b\u202e\u2028\ud800\r'), words[:200]
+    assert '\\x1b[31mred\\x07' in shown[0] and '\\x1b' in said.out and 'a\u200d\u00a0é日' == viz.harmless('a\u200d\u00a0é日')
+
+
+def test_domains_whose_short_names_are_alike_stay_apart():
+    rows = [row(1) | {f'val_load_{"the same beginning "}{middle}{" the same end"}': [[1, 2, 3, n]] * 2 for n, middle in enumerate('xyz')}]
+    names, load = viz.domain_load(rows[0], 0)
+    assert len(names) == 4 and load[1:, 3].tolist() == [0, 1, 2] and png(experts_figure(rows))
+
+
+def test_many_domains_are_folded_in_the_figures_of_a_run():
+    figures = {f'val_bpb_{n}': 2.0 for n in range(40)}
+    assert '<details><summary>held out: 40 domains' in viz.facts([row(1) | figures], {}) and '<details' not in viz.facts([row(1, val_bpb_a=1.0)], {})
