@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention import FixedKVCache, KVCache
 from .checkpoint import log_lines
 from .config import BadInput, ModelConfig, from_command_line, one_sentence, resolve, words_first
-from .data import ids_of, read_text
+from .data import ids_of, text_blocks
 from .model import GPT
 from .parallel import find_device, find_dtype
 from .pretrained import load_model, tokenizer_of
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None):
         if sum(word.split('=')[0] == '--stop' for word in argv) > 1:
             raise BadInput('stop takes all its texts at once, --stop A B, got --stop twice')
         model, tokenizer = load(run, s.device)
-        starts = beginnings(run, tokenizer) if s.domains else {'': read_text(Path(s.start_file)) if s.start_file else s.start}
+        starts = beginnings(run, tokenizer) if s.domains else {'': ''.join(text_blocks(Path(s.start_file))) if s.start_file else s.start}
         torch.manual_seed(s.seed)
         device = model.wte.weight.device
         dtype = find_dtype('float32' if s.dtype == 'auto' and device.type != 'cuda' else s.dtype, device)

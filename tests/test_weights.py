@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_original import FIXTURES, Original, worst
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen3MoeConfig
 
 from nanomoe import data, pretrained, sample, train
@@ -607,12 +608,54 @@ def test_a_folder_that_transformers_saved_again(exported, tokenizer, tmp_path):
         theirs.bfloat16().save_pretrained(tmp_path/'half')
         assert load_model(tmp_path/'half').wte.weight.float().sub(model.wte.weight).abs().max() < 0.02
         shutil.rmtree(tmp_path/'half')
-    flat = json.loads((made/'tokenizer.json').read_text())
-    for change in (lambda f: f['model']['merges'].reverse(), lambda f: f['model'].pop('vocab'), lambda f: f.update(pre_tokenizer=None)):
-        other = json.loads(json.dumps(flat))
+
+
+def saved_again(knobs: dict, tokenizer, folder: Path) -> Path:
+    "The folder that `transformers` makes of the export of a small model."
+    from transformers import AutoModelForCausalLM
+    run = run_of(GPT(ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=8, **knobs)), tokenizer, folder/'run')
+    export_hf(run, folder/'once')
+    for loader in (AutoModelForCausalLM, AutoTokenizer): loader.from_pretrained(folder/'once').save_pretrained(folder/'again')
+    return folder/'again'
+
+
+def test_the_vocabulary_of_what_was_saved_again_is_never_guessed(tokenizer, gpt2_vocabulary, tmp_path):
+    "A model as wide as GPT-2's vocabulary keeps its own, characters stay characters, and GPT-2's own file is known."
+    wide = saved_again(dict(vocab_size=50304), tokenizer, tmp_path/'wide')
+    assert vocabulary(tokenizer_of(wide)) == vocabulary(tokenizer)
+    (wide/'tokenizer.json').unlink()
+    with pytest.raises(BadInput, match='it lacks tokenizer.json; copy it from where'): tokenizer_of(wide)
+    chars = tokenizer_of(saved_again(dict(vocab_size=64), make_tokenizer('chars', TEXT, 0), tmp_path/'chars'))
+    with pytest.raises(BadInput, match="the vocabulary has no 'Q'"): sample.prompt(chars, 'Q')
+    known = tiktoken.get_encoding('gpt2')
+    _, folder = gpt2_folder(tmp_path/'gpt2')
+    assert vocabulary(known) == pretrained.GPT2_VOCABULARY
+    theirs = pretrained.hf_bpe(known)
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)         # as OpenAI's model has it on the hub
+    theirs.save(str(folder/'tokenizer.json'))
+    assert pretrained.own_tokenizer(folder) is None
+
+
+CRAFTED = {'merges the other way round': lambda f: f['model']['merges'].reverse(), 'no vocabulary': lambda f: f['model'].pop('vocab'),
+           'no steps': lambda f: f.update(pre_tokenizer=None), 'an id twice': lambda f: f['model']['vocab'].update({'!': 5, '"': 5}),
+           'an empty pattern': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex=''),
+           'half a pattern': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex='(a*?'),
+           'a pattern that loses text': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex='cat'),
+           'lower case': lambda f: f.update(normalizer={'type': 'Lowercase'}),
+           'other merging': lambda f: f['model'].update(ignore_merges=False), 'an id below 0': lambda f: f['added_tokens'][0].update(id=-1)}
+
+
+def test_a_tokenizer_that_exports_do_not_have_is_refused(tokenizer, tmp_path, capfd):
+    folder = saved_again(dict(vocab_size=310), tokenizer, tmp_path)
+    flat = (folder/'tokenizer.json').read_text()
+    capfd.readouterr()
+    for name, change in CRAFTED.items():
+        other = json.loads(flat)
         change(other)
-        (made/'tokenizer.json').write_text(json.dumps(other))
-        with pytest.raises(BadInput, match='is no byte-level BPE as exports have it'): sample.load(made, 'cpu')
+        (folder/'tokenizer.json').write_text(json.dumps(other))
+        with pytest.raises(BadInput, match='tokenizer.json (is not as exports have it|holds no tokenizer)'):
+            print(name, tokenizer_of(folder))
+    assert 'panicked' not in capfd.readouterr().err
 
 
 def test_the_run_that_everybody_has_has_an_exportable_sister(tmp_path):
