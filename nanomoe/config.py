@@ -568,7 +568,7 @@ def read_command(argv: list[str]) -> Command:
     (model, train, given), names = (ModelConfig(), TrainConfig(), []), option_names(CommandLine)
     argv = words_first(argv)
     words = list(itertools.takewhile(lambda word: not word.startswith('-'), argv))
-    for word in words:
+    for word in [word.lstrip('–—') for word in words]:
         if '=' in word or word in names: raise BadInput(f'an option begins with two hyphens: --{word}')
     if words: model, train, given = starting_point(words[0])
     if words[1:]: raise BadInput(f'one preset or file is taken, got {words[0]} and {words[1]}; a file may begin with preset = "NAME"')

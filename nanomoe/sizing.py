@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['weights_by_part', 'muon_weights', 'state_bytes', 'kept_bytes', 'step_bytes', 'checkpoint_bytes', 'dry_run', 'counted',
-           'expected_data', 'timed']
+           'expected_data', 'needs', 'duration', 'timed']
 
 # %% ../nbs/23_sizing.ipynb #module-imports
 import dataclasses, os, shutil, time
@@ -18,7 +18,7 @@ from .config import VOCABULARIES, BadInput, ModelConfig, TrainConfig, resolve, s
 from .data import TokenFile, dataset_folder, n_windows
 from .experts import n_inputs
 from .model import GPT, flops_per_token, moe_layers
-from .parallel import find_dtype, keep_freed_memory, launched_world, my_micro_batches
+from .parallel import World, find_dtype, keep_freed_memory, launched_world, my_micro_batches
 from .train import fit_vocabulary, make_optimizer
 
 # %% ../nbs/23_sizing.ipynb #parameters
@@ -85,28 +85,20 @@ def dry_run(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> str:
     world, out_dir = launched_world(cfg.device), resolve(cfg.out_dir)
     dtype, accumulated = find_dtype(cfg.dtype, world.device), len(my_micro_batches(cfg.gradient_accumulation_steps, world))
     checkpoint.check_folder(out_dir)
-    model_cfg, data = expected_data(model_cfg, cfg.dataset)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model_cfg.block_size
+    model_cfg, data = expected_data(model_cfg, cfg.dataset, tokens * cfg.max_iters)
     total, active = total_active(model_cfg)
-    rest, per_token = sum(state_bytes(model_cfg, cfg.optimizer).values()), flops_per_token(model_cfg)
-    peak = sum(step_bytes(model_cfg, cfg.batch_size, dtype != torch.float32, optimizer=cfg.optimizer).values())
-    memory = (torch.cuda.get_device_properties(world.device).total_memory if world.device.type == 'cuda' else
-              os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
-    there = next(path for path in (out_dir, *out_dir.parents) if path.exists())
-    idle = without_effect(model_cfg, cfg, given)
-    lines = [f'model       {total:,} parameters, of which one token meets {active:,}', f'data        {data}',
-             f'batch       {tokens:,} tokens per step; {cfg.max_iters:,} steps are {short(tokens * cfg.max_iters)} tokens',
-             f'work        {counted(per_token, "FLOP")} per token, {counted(per_token * tokens * cfg.max_iters, "FLOP")} in all',
-             f'memory      {counted(rest, "B")} for weights, gradients and optimizer, {counted(peak, "B")} at the peak of a step (estimated); {counted(memory, "B")} are built in']
-    if peak > memory: lines += ['time        not measured: a step would not fit into memory']
+    lines = [f'model       {total:,} parameters, of which one token meets {active:,}', f'data        {data}']
+    if cfg.eval_only: lines += ['batch       none: with eval_only a run evaluates once and trains nothing']
     else:
-        n, passing, updating = timed(model_cfg, cfg, world.device, dtype)
-        hours = cfg.max_iters * (accumulated * cfg.batch_size * model_cfg.block_size / n * passing + updating) / 3600
-        lines += [f'time        {f"{hours:.2g} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"} without evaluations, on {world.size} process{"es" * (world.size > 1)}; measured on {world.device.type}: '
-                  f'{n:,} random tokens in {passing:.2g} s, an update in {updating:.2g} s']
-    lines += [f'disk        {counted(checkpoint_bytes(model_cfg, cfg.optimizer), "B")} per checkpoint, up to {cfg.keep_checkpoints + 2} at once; '
-              f'{counted(shutil.disk_usage(there).free, "B")} are free', f'folder      {out_dir}' + ' (holds a run)' * checkpoint.is_run(out_dir)]
-    return '\n'.join(lines + [f'no effect   {", ".join(idle)}'] * bool(idle) + ['This was a dry run: nothing was trained or written.'])
+        per_token, there = flops_per_token(model_cfg), next(path for path in (out_dir, *out_dir.parents) if path.exists())
+        lines += [f'batch       {tokens:,} tokens per step; {cfg.max_iters:,} steps are {short(tokens * cfg.max_iters)} tokens',
+                  f'work        {counted(per_token, "FLOP")} per token, {counted(per_token * tokens * cfg.max_iters, "FLOP")} in all',
+                  *needs(model_cfg, cfg, world, dtype, accumulated),
+                  f'disk        {counted(checkpoint_bytes(model_cfg, cfg.optimizer), "B")} per checkpoint, up to {cfg.keep_checkpoints + 2} at once; '
+                  f'{counted(shutil.disk_usage(there).free, "B")} are free', f'folder      {out_dir}' + ' (holds a run)' * checkpoint.is_run(out_dir)]
+    if idle := without_effect(model_cfg, cfg, given): lines += [f'no effect   {", ".join(idle)}']
+    return '\n'.join([*lines, 'This was a dry run: nothing was trained or written.'])
 
 def counted(n: float, unit: str) -> str:
     "A number of units in three digits, such as 1.84 GB."
@@ -114,20 +106,39 @@ def counted(n: float, unit: str) -> str:
     return f'{n / size:.3g} {prefix}{unit}'
 
 # %% ../nbs/23_sizing.ipynb #dry-run-parts
-def expected_data(cfg: ModelConfig, dataset: str) -> tuple[ModelConfig, str]:
-    "The configuration with a vocabulary, and a line about the dataset; one that is yet to be prepared has the size it usually gets."
+def expected_data(cfg: ModelConfig, dataset: str, tokens: int) -> tuple[ModelConfig, str]:
+    "The configuration with a vocabulary (the usual one of a dataset yet to be prepared), and a line on the data beside the run's `tokens`."
     try: dataset_folder(dataset)
     except BadInput as missing:
         if not (V := cfg.vocab_size or VOCABULARIES.get(dataset)): raise
         return dataclasses.replace(cfg, vocab_size=V), str(missing)
     data = TokenFile(dataset, 'train')
     n_windows(data, cfg.block_size)
-    return fit_vocabulary(cfg, data), f'{data.folder}: {len(data):,} tokens to train on'
+    return fit_vocabulary(cfg, data), f'{data.folder}: {len(data):,} tokens to train on, {tokens / len(data):.2g} times in the run'
 
-def timed(model_cfg: ModelConfig, cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple[int, float, float]:
-    """Random tokens in a pass, its seconds forward and backward, and seconds of an update.
+def needs(model_cfg: ModelConfig, cfg: TrainConfig, world: World, dtype: torch.dtype, accumulated: int) -> list[str]:
+    "Lines about memory and time, given how many micro-batches a step has on this process."
+    cuda, low = world.device.type == 'cuda', dtype != torch.float32
+    rest = sum(state_bytes(model_cfg, cfg.optimizer).values())
+    peak = sum(step_bytes(model_cfg, cfg.batch_size, low, 4096 if cuda else 1024, cfg.optimizer).values())
+    memory = (torch.cuda.get_device_properties(world.device).total_memory if cuda else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+    lines = [f'memory      {counted(rest, "B")} for weights, gradients and optimizer, about {counted(peak, "B")} at the peak of a step; '
+             f'{counted(memory, "B")} are built in']
+    if peak > memory: return lines + ['time        not measured: a step would not fit into memory']
+    passing, updating, n = timed(model_cfg, cfg, world.device, dtype)
+    return lines + [f'time        about {duration(cfg.max_iters * (accumulated * passing + updating))} without evaluations, on {world.size} '
+                    f'process{"es" * (world.size > 1)}, {world.device.type}, {str(dtype).removeprefix("torch.")}; measured on up to {n:,} random tokens at once']
 
-    On a CPU passes grow from 64 tokens until one takes two seconds; elsewhere each is a whole micro-batch.
+def duration(seconds: float) -> str:
+    "About how long, in the unit that fits."
+    size, unit = next((s, u) for s, u in ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds')) if seconds >= 2 * s or s == 1)
+    return f'{seconds / size:,.{int(seconds < 10 * size)}f} {unit}'
+
+def timed(model_cfg: ModelConfig, cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple[float, float, int]:
+    """Seconds of a micro-batch, forward and backward, and of an update, and the random tokens in the largest pass measured.
+
+    On a CPU passes grow from 64 tokens until one takes two seconds, and the last two are extended by a line, because a pass
+    has costs that do not depend on its tokens; elsewhere each pass is a whole micro-batch.
     """
     if device.type == 'cpu': keep_freed_memory()
     model, B, T = GPT(model_cfg).to(device), cfg.batch_size, model_cfg.block_size
@@ -135,13 +146,26 @@ def timed(model_cfg: ModelConfig, cfg: TrainConfig, device: torch.device, dtype:
     if cfg.compile or (cfg.compile is None and device.type == 'cuda'): model.compile()
     def work():
         ids = torch.randint(model_cfg.vocab_size, (rows, length + 1), device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): loss = model(ids[:, :-1], ids[:, 1:], keep_logits=False).losses.total
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(ids[:, :-1], ids[:, 1:], keep_logits=False).losses.total
         loss.backward()
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     def seconds(action: Callable) -> float:
         begun = time.perf_counter()
         action()
-        next(model.parameters()).flatten()[0].item()                     # waits for a GPU
+        next(model.parameters()).flatten()[0].item()                    # waits for a GPU
         return time.perf_counter() - begun
-    while min(passing := [seconds(work) for _ in range(3)]) < 2 and (rows, length) != (B, T):
+    passes = [(0, 0.0)]
+    while True:
+        passes += [(rows * length, sorted(seconds(work) for _ in range(3))[1])]
+        if passes[-1][1] > 2 or (rows, length) == (B, T): break
         rows, length = (1, min(2 * length, T)) if length < T else (min(2 * rows, B), T)
-    return rows * length, min(passing), min(seconds(optimizer.step) for _ in range(2))
+    (before, least), (n, most) = passes[-2:]
+    updating = []
+    for _ in range(2):
+        work()                                                          # an update needs gradients, and the one before took them
+        updating += [seconds(update)]
+    return most + max(most - least, 0) / (n - before) * (B * T - n), min(updating), n

@@ -749,7 +749,8 @@ def main(argv: list[str] | None = None):
             c = read_command(sys.argv[1:] if argv is None else argv)
             if c.dry_run:
                 from nanomoe.sizing import dry_run
-                print(dry_run(c.model, c.train, c.given))
+                text = dry_run(c.model, c.train, c.given)
+                if not launched_rank(): print(text)
             code = 0 if c.dry_run or watch(c.model, c.train, c.given) else 130
     except (SystemExit, Exception) as e:                                # Ctrl-C before the first step, or a third time
         if not os.environ.get('RANK'): raise

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from nanomoe import bench, checkpoint, data, sample, train, viz
+from nanomoe import bench, checkpoint, data, sample, sizing, train, viz
 from nanomoe.config import PRESETS, BadInput, ModelConfig, TrainConfig, check, from_dict, parse, to_dict, words_first
 from nanomoe.model import GPT
 
@@ -365,7 +366,7 @@ def test_names_of_other_trainers_get_a_suggestion(word, meant, capsys):
 
 
 def test_a_forgotten_hyphen(capsys):
-    for word in ('max_iters=5', '-max_iters=5'):
+    for word in ('max_iters=5', '-max_iters=5', '—max_iters=5', '–max_iters=5'):
         assert said(train, ['tiny', word], capsys) == (2, 'an option begins with two hyphens: --max_iters=5')
 
 
@@ -407,9 +408,46 @@ def test_a_dry_run_leaves_no_trace(tmp_path, monkeypatch, capsys):
     before = sorted(path for path in tmp_path.rglob('*'))
     train.main(['tiny', '--device=cpu', '--dry_run', f'--out_dir={tmp_path}/run'])
     text = capsys.readouterr().out
-    assert 'model       83,392 parameters, of which one token meets 50,624' in text and '512 tokens per step' in text and 'minutes' in text
+    assert 'model       83,392 parameters, of which one token meets 50,624' in text and '512 tokens per step' in text and 'seconds' in text
     assert sorted(path for path in tmp_path.rglob('*')) == before
     assert said(train, ['tiny', '--dry_run', '--top_k=9'], capsys)[0] == 2
+
+
+def test_a_dry_run_times_updates_that_have_gradients(monkeypatch):
+    "Muon takes them away: timed twice in a row, its update would cost nothing."
+    seen, make = [], train.make_optimizer
+    def recorded(model, cfg):
+        optimizer = make(model, cfg)
+        step = optimizer.step
+        monkeypatch.setattr(optimizer, 'step', lambda: (seen.append(all(p.grad is not None for p in model.parameters())), step()))
+        return optimizer
+    monkeypatch.setattr(sizing, 'make_optimizer', recorded)
+    model, run = parse(['tiny', '--optimizer=muon', '--vocab_size=257'])
+    *seconds, n = sizing.timed(model, run, torch.device('cpu'), torch.float32)
+    assert seen == [True, True] and min(seconds) > 0 and n == 8 * 32
+
+
+def test_a_dry_run_extends_short_passes_by_a_line(monkeypatch):
+    "A pass of n tokens that takes 3 + n/100 seconds, 5 of them or not: the micro-batch has 2,048."
+    clock = iter([])
+    def tick(): return next(clock)
+    monkeypatch.setattr(sizing.time, 'perf_counter', tick)
+    model, run = parse(['tiny', '--vocab_size=257', '--batch_size=64'])
+    lengths = [1.5 + n / 1000 for n in (32, 64, 128, 256, 512)]                     # the pass of 512 is the first above two seconds
+    clock = iter([t for took in [took for took in lengths for _ in range(3)] + [0.5] * 2 for t in (0.0, took)])
+    micro, update, n = sizing.timed(model, run, torch.device('cpu'), torch.float32)
+    assert (round(micro, 6), update, n) == (1.5 + 2048 / 1000, 0.5, 512)
+
+
+def test_a_dry_run_of_an_evaluation_and_beside_other_processes(small_run, tmp_path, capsys):
+    train.main(['eval_gpt2', '--dry_run', '--device=cpu', f'--out_dir={tmp_path}/run'])
+    assert 'evaluates once and trains nothing' in (text := capsys.readouterr().out) and 'time ' not in text
+    words = ['tiny', '--dry_run', f'--dataset={small_run.parent}/data', '--block_size=16', '--device=cpu', f'--out_dir={small_run}']
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'nanomoe.train', *words],
+                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and done.stdout.count('This was a dry run') == 1 and 'on 2 processes, cpu, float32' in done.stdout
+    assert ' times in the run' in done.stdout and '(holds a run)' in done.stdout
+    assert [sizing.duration(s) for s in (0.25, 90 * 60, 1e6)] == ['0.2 seconds', '90 minutes', '12 days']
 
 
 def test_what_a_dense_model_does_not_use_is_named(tmp_path, capsys):
