@@ -573,9 +573,10 @@ def with_bits(rows: Sequence[dict]) -> Sequence[dict]:
     return rows if bits is None or finite(rows, 'bpb') else [row | {'bpb': row['ce'] * bits} if 'ce' in row else row for row in rows]
 
 def in_order(rows: Sequence[dict]) -> list[dict]:
-    "The rows without those that a later row of the same or an earlier step takes the place of."
-    out = []
-    for row in rows:
+    "The rows without single steps out of line, and without those whose place a later row of the same or an earlier step takes."
+    steps, out = [row['step'] for row in rows], []
+    lone = {i for i, (a, b, c) in enumerate(zip(steps, steps[1:], steps[2:]), 1) if a < c and not a < b < c}
+    for row in (row for i, row in enumerate(rows) if i not in lone):
         while out and out[-1]['step'] >= row['step']: out.pop()
         out.append(row)
     return out
@@ -955,6 +956,7 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
                 if found: self.wfile.write(found[1].encode('utf-8', 'replace'))
 
         def log_message(self, *words): pass                     # a line per question would hide the address
+    if not host: raise BadInput('host must be an address or a name, got an empty one')
     class Server(ThreadingHTTPServer): address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try: return Server((host, port), Handler)
     except (OSError, OverflowError) as e:

@@ -405,3 +405,16 @@ def test_domains_whose_short_names_are_alike_stay_apart():
 def test_many_domains_are_folded_in_the_figures_of_a_run():
     figures = {f'val_bpb_{n}': 2.0 for n in range(40)}
     assert '<details><summary>held out: 40 domains' in viz.facts([row(1) | figures], {}) and '<details' not in viz.facts([row(1, val_bpb_a=1.0)], {})
+
+
+def test_one_step_out_of_line_costs_itself(tmp_path, capsys):
+    for odd in (1, 999_999):
+        rows = [row(s) for s in range(1, 41)]
+        rows[28] = row(odd)
+        run = run_of(tmp_path/str(odd), rows)
+        assert [r['step'] for r in read_rows(run/'log.jsonl')] == [s for s in range(1, 41) if s != 29]
+        assert '1 lines are left out' in capsys.readouterr().err
+
+
+def test_a_watcher_needs_an_address(tmp_path):
+    with pytest.raises(BadInput, match='host must be an address or a name'): server(run_of(tmp_path/'run', WHOLE), 0, '')
