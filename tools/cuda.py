@@ -9,7 +9,6 @@ assets/bench/cuda/DATE-CARD.json (out/cuda with --dry), with the card, driver, v
 had measured before it failed is kept, and its log beside. `step`, `target`, `pretrain` and `ladder` need what `data` prepares.
 """
 import argparse
-import ast
 import datetime
 import gc
 import importlib.util
@@ -465,26 +464,15 @@ def muon(given) -> dict:
     return dict(headline=', '.join(f'{row["preset"]}: {row["muon_ms"]:.1f} ms, {row["share_of_step"]:.1%} of a step' for row in rows), rows=rows)
 
 
-def planner() -> Callable:
-    "`plan` from lesson 23's notebook."
-    wanted, found = {'parameters', 'states', 'kept', 'plan'}, []
-    for cell in json.loads((ROOT/'nbs'/'23_sizing.ipynb').read_text())['cells']:
-        if cell['cell_type'] == 'code' and not ''.join(cell['source']).startswith('%'):
-            found += [node for node in ast.parse(''.join(cell['source'])).body if isinstance(node, ast.FunctionDef) and node.name in wanted]
-    scope = {}
-    exec('from nanomoe.config import ModelConfig\nfrom nanomoe.experts import n_inputs\nfrom nanomoe.model import moe_layers', scope)
-    exec(compile(ast.Module(found, []), '23_sizing', 'exec'), scope)
-    return scope['plan']
-
-
 def memory(given) -> dict:
     "Lesson 23's memory estimate against the measured peak."
     import torch
     from nanomoe.bench import resident
     from nanomoe.config import PRESETS, TrainConfig
     from nanomoe.model import GPT
+    from nanomoe.sizing import step_bytes
     from nanomoe.train import make_optimizer
-    rows, plan = [], planner()
+    rows = []
     nano = PRESETS['nano_moe'][0]
     cases = {'nano_moe': (nano, True), 'nano_moe in float32': (nano, False), '32 experts': (replace(nano, n_experts=32), True), 'modern': (PRESETS['modern'][0], True)}
     for name, (cfg, is_low) in cases.items():
@@ -502,7 +490,7 @@ def memory(given) -> dict:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         measured = (resident('VmHWM') if given.dry else torch.cuda.max_memory_allocated()) - before
-        planned = sum(plan(cfg, B, is_low, 1024 if given.dry else 4096).values())
+        planned = sum(step_bytes(cfg, B, is_low, 1024 if given.dry else 4096).values())
         rows.append(dict(case=name, planned_gib=planned / 2**30, measured_gib=measured / 2**30, ratio=planned / max(measured, 1)))
         del model, optimizer, x, y, loss
     return dict(headline='planned/measured: ' + ', '.join(f'{row["case"]} {row["ratio"]:.2f}' for row in rows), rows=rows)
