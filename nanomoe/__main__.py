@@ -8,7 +8,8 @@ __all__ = ['main']
 # %% ../nbs/main.ipynb #main
 import sys
 
-from .config import PROGRAMS, BadInput, nearest, one_sentence, overview, version
+from .command_line import PROGRAMS, one_sentence, overview, version
+from .config import BadInput, nearest
 
 def main(argv: list[str] | None = None):
     "`python -m nanomoe [--version]`: the programs, and how they are started."

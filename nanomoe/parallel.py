@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import BadInput, launched_rank, tell_launcher
+from .command_line import launched_rank, tell_launcher
+from .config import BadInput
 
 # %% ../nbs/11_parallel.ipynb #find-device
 def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:

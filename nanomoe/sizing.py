@@ -6,7 +6,7 @@
 __all__ = ['weights_by_part', 'muon_weights', 'state_bytes', 'kept_bytes', 'step_bytes', 'checkpoint_bytes', 'dry_run', 'counted',
            'expected_data', 'needs', 'duration', 'timed']
 
-# %% ../nbs/23_sizing.ipynb #module-imports
+# %% ../nbs/23_sizing.ipynb #imports
 import dataclasses, os, shutil, time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +14,14 @@ from dataclasses import replace
 import torch
 
 from . import checkpoint
-from .config import VOCABULARIES, BadInput, ModelConfig, TrainConfig, resolve, short, total_active, without_effect
-from .data import TokenFile, dataset_folder, n_windows
+from .config import BadInput, ModelConfig, TrainConfig, without_effect
+from .dataset import TokenFile, dataset_folder, fit_vocabulary, n_windows
 from .experts import n_inputs
+from .files import resolve
 from .model import GPT, flops_per_token, moe_layers
+from .optim import make_optimizer
 from .parallel import World, find_dtype, keep_freed_memory, launched_world, my_micro_batches
-from .train import fit_vocabulary, make_optimizer
+from .presets import VOCABULARIES, short, total_active
 
 # %% ../nbs/23_sizing.ipynb #parameters
 def weights_by_part(cfg: ModelConfig) -> dict[str, int]:

@@ -21,7 +21,7 @@ from exercises import exercises
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT/'out'/'screenshots'
 NOTEBOOKS = sorted(path.stem for path in (ROOT/'nbs').glob('*.ipynb'))
-CHOSEN = {'03_router', '05_capacity', '06_experts', '07_losses', '15_report'}
+CHOSEN = {'01_router', '02_capacity', '03_experts', '04_losses', '45_report'}
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 
@@ -116,7 +116,7 @@ def test_run_all_and_touch_every_explorer(lab, browser, notebook, request):
         assert page.evaluate(EXECUTE, exercise.stub) != 'ok', f'{exercise.cell} passes with an empty function'
         assert page.evaluate(EXECUTE, exercise.answer) == 'ok', f'{exercise.cell} fails with the answer'
     explorers = page.evaluate(EXPLORERS)
-    assert explorers or notebook == 'index'
+    assert explorers or not '00' <= notebook[:2] < '30'
     for i, index in enumerate(explorers):
         cell = scroll_to(page, index)
         shot = lambda what: page.screenshot(path=SHOTS/f'{notebook}-{i}-{what}.png')

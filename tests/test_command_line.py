@@ -14,8 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomoe import bench, checkpoint, data, sample, sizing, train, viz
-from nanomoe.config import PRESETS, BadInput, ModelConfig, TrainConfig, check, from_dict, parse, to_dict, words_first
+from nanomoe import bench, checkpoint, data, report, sample, sizing, train
+from nanomoe.corpora import Document, file_documents, numbers_documents
+from nanomoe.files import sealed
+from nanomoe.optim import make_optimizer
+from nanomoe.tokenizer import make_tokenizer, save_tokenizer
+from nanomoe.command_line import parse, words_first
+from nanomoe.config import BadInput, ModelConfig, TrainConfig, check, from_dict, to_dict
+from nanomoe.presets import PRESETS
 from nanomoe.model import GPT
 
 
@@ -106,10 +112,10 @@ BAD = {
                         'temperature must be a finite number of at least 0, got -1.0'),
     'an empty stop': (sample, 'out/x --stop=', 'stop must be texts that are not empty, got an empty one'),
     'nothing to time': (bench, 'steps', 'there is no bench steps; did you mean step? (layer, step, scale, write, data; '),
-    'nothing to draw': (viz, 'experts', 'name the run to show'),
-    'nowhere to watch at': (viz, 'watch out/nowhere --port=-1', 'port -1 of 127.0.0.1 cannot be used'),
-    'nothing to report': (viz, 'report out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
-    'no log': (viz, 'experts out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
+    'nothing to draw': (report, 'experts', 'name the run to show'),
+    'nowhere to watch at': (report, 'watch out/nowhere --port=-1', 'port -1 of 127.0.0.1 cannot be used'),
+    'nothing to report': (report, 'report out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
+    'no log': (report, 'experts out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
 }
 
 
@@ -120,21 +126,21 @@ def bad(tmp_path_factory) -> Path:
     (folder/'empty.txt').touch()
     (folder/'latin.txt').write_bytes('Caf\xe9'.encode('latin-1'))
     (folder/'lines.jsonl').write_text('{"text": "one"}\n{"text": 2}\n')
-    data.write_dataset([data.Document('To be, or not to be, that is the question: whether', 'play', '1')], folder/'short', 'bytes')
+    data.write_dataset([Document('To be, or not to be, that is the question: whether', 'play', '1')], folder/'short', 'bytes')
     for name in ('flipped', 'cut', 'raw', 'edited', 'beyond', 'swapped'):
-        data.write_dataset(data.numbers_documents(12_000, lines=20), folder/name, 'bytes')
+        data.write_dataset(numbers_documents(12_000, lines=20), folder/name, 'bytes')
     train_bytes = (folder/'raw'/'numbers_train_000000.bin').read_bytes()
     (folder/'flipped'/'numbers_train_000000.bin').write_bytes(train_bytes[:5000] + b'~' + train_bytes[5001:])
     (folder/'raw'/'numbers_train_000000.bin').write_bytes(train_bytes[1024:])   # as nanoGPT writes them
     (folder/'cut'/'numbers_val_000000.bin').write_bytes((folder/'cut'/'numbers_val_000000.bin').read_bytes()[:-100])
     manifest = json.loads((folder/'beyond'/'manifest.json').read_text())
     (folder/'edited'/'manifest.json').write_text(json.dumps(manifest | {'vocab_size': 200}))
-    (folder/'beyond'/'manifest.json').write_text(json.dumps(data.sealed(manifest | {'vocab_size': 200})))
-    data.save_tokenizer(data.make_tokenizer('chars', ['abc'], 0), folder/'swapped')
+    (folder/'beyond'/'manifest.json').write_text(json.dumps(sealed(manifest | {'vocab_size': 200})))
+    save_tokenizer(make_tokenizer('chars', ['abc'], 0), folder/'swapped')
     model = PRESETS['tiny'][0]
     model = replace(model, vocab_size=4)
     checkpoint.save(folder/'chars', 1, {'model': GPT(model).state_dict()}, {'config': to_dict(model, TrainConfig())})
-    data.save_tokenizer(data.make_tokenizer('chars', ['abc'], 0), folder/'chars')
+    save_tokenizer(make_tokenizer('chars', ['abc'], 0), folder/'chars')
     (folder/'theirs').mkdir()
     (folder/'theirs'/'config.json').write_text('{"model_type": "mixtral"}')
     return folder
@@ -197,7 +203,7 @@ def test_a_port_in_use(tmp_path):
 def small_run(tmp_path_factory) -> Path:
     "A run of two steps on characters, some of which no ASCII terminal can show."
     folder = tmp_path_factory.mktemp('small')
-    documents = [data.Document('Größe ≈ 5 µm — naïve 日本 ' * 40, 'text', f'{i}') for i in range(40)]
+    documents = [Document('Größe ≈ 5 µm — naïve 日本 ' * 40, 'text', f'{i}') for i in range(40)]
     data.write_dataset(documents, folder/'data', 'chars')
     model, run = PRESETS['tiny']
     run = replace(run, dataset=str(folder/'data'), out_dir=str(folder/'run'), device='cpu', max_iters=2, warmup_iters=1, eval_interval=2,
@@ -285,7 +291,7 @@ def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):
     assert code == 2 and 'tracker wandb needs the package wandb' in message and not (tmp_path/'run').exists()
 
 
-@pytest.mark.parametrize('program', [train, sample, data, viz, bench], ids=lambda m: m.__name__)
+@pytest.mark.parametrize('program', [train, sample, data, report, bench], ids=lambda m: m.__name__)
 def test_help_is_help(program, capsys):
     with pytest.raises(SystemExit) as stopped: program.main(['--help'])
     assert stopped.value.code == 0 and 'usage: python -m nanomoe.' in capsys.readouterr().out
@@ -294,7 +300,7 @@ def test_help_is_help(program, capsys):
 def test_a_folder_with_the_name_of_a_text_is_no_text(tmp_path):
     (tmp_path/'texts'/'chapter.txt').mkdir(parents=True)
     (tmp_path/'texts'/'chapter.txt'/'one.md').write_text('# One')
-    assert [d.text for d in data.file_documents(tmp_path/'texts')] == ['# One']
+    assert [d.text for d in file_documents(tmp_path/'texts')] == ['# One']
 
 
 def test_an_out_dir_from_an_unset_variable_is_refused():
@@ -415,7 +421,7 @@ def test_a_dry_run_leaves_no_trace(tmp_path, monkeypatch, capsys):
 
 def test_a_dry_run_times_updates_that_have_gradients(monkeypatch):
     "Muon takes them away: timed twice in a row, its update would cost nothing."
-    seen, make = [], train.make_optimizer
+    seen, make = [], make_optimizer
     def recorded(model, cfg):
         optimizer = make(model, cfg)
         step = optimizer.step

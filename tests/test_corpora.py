@@ -17,15 +17,18 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from nanomoe import data
+from nanomoe import corpora, data
 from nanomoe.config import BadInput
-from nanomoe.data import END, Source, TokenFile
+from nanomoe.corpora import (Document, HUB, Source, domain_of, file_documents, hub_documents, hub_source,
+                             is_held_out, nanogpts_split, numbers_documents)
+from nanomoe.dataset import ShardWriter, TokenFile, open_shard, turns, verify
+from nanomoe.tokenizer import END, encoding, load_tokenizer, make_tokenizer, tiktokens_own
 
 
 @pytest.fixture(scope='module')
 def texts() -> list[str]:
     "Pages of several kinds: short, long, of many scripts, with lines that look like marks."
-    pages = [d.text for d in data.numbers_documents(60_000, lines=20)]
+    pages = [d.text for d in numbers_documents(60_000, lines=20)]
     return pages + ['ẞ\u0301 漢字 🦉\u2028', 'x', '\n\n  indented\t', '{"text": "json"}', ' ' * 300] * 3
 
 
@@ -54,21 +57,21 @@ def tokens(folder, split: str) -> list[int]:
 
 @pytest.mark.parametrize('name', ['pages.txt', 'pages.jsonl', 'pages.jsonl.gz', 'pages.parquet'])
 def test_every_format_gives_the_same_documents(name, corpus, texts):
-    found = list(data.file_documents(corpus/name))
+    found = list(file_documents(corpus/name))
     assert [d.text for d in found] == texts and {d.domain for d in found} == {'pages'}
     assert [d.name for d in found] == [f'{name}:{i}' for i in range(len(texts))]
 
 
 @pytest.mark.parametrize('name', ['org/pages', 'saved', 'splits'])
 def test_every_door_of_datasets_gives_the_same_documents(name, corpus, texts):
-    source = data.hub_source(str(corpus/name), None, ('text', 'kind'), 0.1, None)
+    source = hub_source(str(corpus/name), None, ('text', 'kind'), 0.1, None)
     for skip in (0, 1, 19, 20, 21, len(texts)):
         found = list(source.documents(skip))
         assert [d.text for d in found] == texts[skip:] and [d.domain for d in found] == [f'kind {i % 3}' for i in range(skip, len(texts))]
     with pytest.raises(BadInput, match='has no column of strings named words; it has: text, kind, number'):
-        next(data.hub_source(str(corpus/name), None, ('words',), 0.1, None).documents(0))
+        next(hub_source(str(corpus/name), None, ('words',), 0.1, None).documents(0))
     with pytest.raises(BadInput, match='no column of strings named number'):
-        next(data.hub_source(str(corpus/name), None, ('number',), 0.1, None).documents(0))
+        next(hub_source(str(corpus/name), None, ('number',), 0.1, None).documents(0))
 
 
 def test_domains_of_rows_and_of_sources(corpus, tmp_path):
@@ -84,21 +87,21 @@ def test_domains_of_rows_and_of_sources(corpus, tmp_path):
 
 def test_tokens_are_those_of_tiktoken_document_by_document(corpus, texts, tmp_path):
     data.prepare(str(corpus/'pages.jsonl'), tmp_path/'made', 'bpe', vocab_size=400)
-    tokenizer = data.load_tokenizer(tmp_path/'made')
+    tokenizer = load_tokenizer(tmp_path/'made')
     for split in ('train', 'val'):
         wanted = []
         for i, text in enumerate(texts):
-            if data.is_held_out(text) == (split == 'val'): wanted += [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
+            if is_held_out(text) == (split == 'val'): wanted += [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
         assert tokens(tmp_path/'made', split) == wanted
 
 
 def test_gpt2s_vocabulary_without_a_network(corpus, texts, tmp_path, gpt2_vocabulary):
     "tiktoken's own encoding goes into the dataset whole: whoever reads it fetches nothing."
     data.prepare(str(corpus/'pages.parquet'), tmp_path/'gpt2', 'gpt2')
-    own, saved = data.tiktokens_own('gpt2'), data.load_tokenizer(tmp_path/'gpt2')
+    own, saved = tiktokens_own('gpt2'), load_tokenizer(tmp_path/'gpt2')
     assert saved is not own and saved.n_vocab == 50257 and saved.eot_token == 50256
     for text in [*texts, 'hello world', "it's 1234\n\n  x", END]: assert saved.encode_ordinary(text) == own.encode_ordinary(text)
-    assert saved.encode('hello world') == [31373, 995] and data.open_shard(next((tmp_path/'gpt2').glob('*.bin'))).dtype == np.uint16
+    assert saved.encode('hello world') == [31373, 995] and open_shard(next((tmp_path/'gpt2').glob('*.bin'))).dtype == np.uint16
 
 
 def test_nanogpts_own_files_in_gpt2s_tokens(tmp_path, gpt2_vocabulary):
@@ -112,11 +115,11 @@ def test_nanogpts_own_files_in_gpt2s_tokens(tmp_path, gpt2_vocabulary):
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
     pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
-    tokenizer = data.encoding('pairs', r'[\s\S]{2}|[\s\S]', {bytes([i]): i for i in range(256)} | pairs)
-    for writer in [data.ShardWriter(tmp_path, 'wide', tokenizer.n_vocab)]:
+    tokenizer = encoding('pairs', r'[\s\S]{2}|[\s\S]', {bytes([i]): i for i in range(256)} | pairs)
+    for writer in [ShardWriter(tmp_path, 'wide', tokenizer.n_vocab)]:
         writer.add(np.array(tokenizer.encode_ordinary('zz~~') + [65_791]))
         entry, = writer.close()
-    ids = data.open_shard(tmp_path/entry['file'])
+    ids = open_shard(tmp_path/entry['file'])
     assert ids.dtype == np.uint32 and tokenizer.decode(ids[:2].tolist()) == 'zz~~' and ids[2] == 65_791
 
 
@@ -168,7 +171,7 @@ def noting(monkeypatch):
 
 
 def test_another_job_does_not_go_on_from_the_notes_of_one(corpus, tmp_path, noting):
-    half = Source('half', lambda skip: (d if i < 30 else 1 / 0 for i, d in enumerate(data.file_documents(corpus/'pages.txt')) if i >= skip))
+    half = Source('half', lambda skip: (d if i < 30 else 1 / 0 for i, d in enumerate(file_documents(corpus/'pages.txt')) if i >= skip))
     with pytest.raises(ZeroDivisionError): data.write_dataset([half], tmp_path/'out', 'bytes')
     assert (tmp_path/'.out.part'/'progress.json').exists()
     data.prepare(str(corpus/'pages.txt'), tmp_path/'out', 'bytes')
@@ -186,7 +189,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    page, peaks = '\n'.join(d.text for d in data.numbers_documents(200_000)), []
+    page, peaks = '\n'.join(d.text for d in numbers_documents(200_000)), []
     for size in (20, 200):
         with gzip.open(tmp_path/f'{size}.jsonl.gz', 'wt', compresslevel=1) as f:
             for i in range(size): f.write(json.dumps({'text': f'{i} {page}'}) + '\n')
@@ -200,18 +203,18 @@ def test_openwebtexts_split_is_nanogpts():
     "Against the call with which nanoGPT draws it, on as many rows."
     rows = datasets.Dataset.from_dict({'i': np.arange(8_013_769)})
     drawn = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)['test']['i']
-    held_out = data.nanogpts_split()
-    assert len(drawn) == 4007 and all(held_out(data.Document('', '', f'x:{i}')) for i in drawn)
+    held_out = nanogpts_split()
+    assert len(drawn) == 4007 and all(held_out(Document('', '', f'x:{i}')) for i in drawn)
     others = set(range(0, 8_013_769, 1001)) - set(drawn)
-    assert not any(held_out(data.Document('', '', f'x:{i}')) for i in others)
+    assert not any(held_out(Document('', '', f'x:{i}')) for i in others)
 
 
 def test_a_part_of_a_known_corpus_is_refused(corpus, texts, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.HUB, 'openwebtext', (str(corpus/'org'/'pages'), None, len(texts) + 1))
-    monkeypatch.setattr(data, 'nanogpts_split', lambda: lambda d: d.name.endswith('7'))
+    monkeypatch.setitem(HUB, 'openwebtext', (str(corpus/'org'/'pages'), None, len(texts) + 1))
+    monkeypatch.setattr(corpora, 'nanogpts_split', lambda: lambda d: d.name.endswith('7'))
     with pytest.raises(BadInput, match=f'must hold {len(texts) + 1} documents, got {len(texts)}'): data.prepare('openwebtext', tmp_path/'owt', 'bytes')
     assert not (tmp_path/'owt').exists()
-    monkeypatch.setitem(data.HUB, 'openwebtext', (str(corpus/'org'/'pages'), None, len(texts)))
+    monkeypatch.setitem(HUB, 'openwebtext', (str(corpus/'org'/'pages'), None, len(texts)))
     made = data.prepare('openwebtext', tmp_path/'owt', 'bytes')['splits']
     assert made['val']['documents'] == sum(str(i).endswith('7') for i in range(len(texts)))
     with pytest.raises(BadInput, match="whole, but not nanoGPT's"): data.compare_with_nanogpt({'splits': made}, 'gpt2')
@@ -226,7 +229,7 @@ def test_a_network_that_breaks_off(corpus, tmp_path, monkeypatch, noting):
             for i, row in enumerate(datasets.load_from_disk(str(corpus/'saved')).select(range(n, 40))):
                 if fail[0] and n + i == 33: raise ConnectionError('reset by peer')
                 yield row
-    monkeypatch.setattr(data, 'saved_rows', lambda path: (Rows(), 'version'))
+    monkeypatch.setattr(corpora, 'saved_rows', lambda path: (Rows(), 'version'))
     with pytest.raises(BadInput, match=r'broke off after 33 documents \(ConnectionError\); the same command goes on'):
         data.prepare(str(corpus/'saved'), tmp_path/'out', 'bytes', held_out=0.2)
     assert (tmp_path/'.out.part'/'progress.json').exists()
@@ -248,7 +251,7 @@ def test_token_files_of_others_are_read_as_they_are(corpus, tmp_path):
             assert tokens(tmp_path/'ours', split) == tokens(tmp_path/f'{name} read', split) and ours.n_bytes == theirs.n_bytes
             assert ours.manifest['splits'][split]['documents'] == theirs.manifest['splits'][split]['documents']
         assert all(p.is_symlink() for p in (tmp_path/f'{name} read').glob('*.bin'))
-        assert data.verify(tmp_path/f'{name} read').endswith('every byte as it was written')
+        assert verify(tmp_path/f'{name} read').endswith('every byte as it was written')
     assert list(TokenFile(tmp_path/'llmc read', 'train').domains) == ['pages'] and list(TokenFile(tmp_path/'nanogpt read', 'train').domains) == ['nanogpt']
     with open(tmp_path/'nanogpt'/'val.bin', 'ab') as f: f.write(b'\0\0')
     with pytest.raises(BadInput, match='its manifest says'): TokenFile(tmp_path/'nanogpt read', 'val')
@@ -292,13 +295,13 @@ def test_fineweb_in_tokens(corpus, tmp_path, monkeypatch):
 ])
 def test_damaged_files_are_told_by_their_place(name, content, sentence, tmp_path):
     (tmp_path/name).write_bytes(content)
-    with pytest.raises(BadInput) as stop: list(data.file_documents(tmp_path/name))
+    with pytest.raises(BadInput) as stop: list(file_documents(tmp_path/name))
     assert sentence in str(stop.value) and name in str(stop.value) and '\n' not in str(stop.value)
 
 
 def test_nulls_and_empty_texts_are_left_out(tmp_path):
     parquet.write_table(pyarrow.table({'text': ['a', None, '', 'b']}), tmp_path/'x.parquet')
-    assert [d.text for d in data.file_documents(tmp_path/'x.parquet')] == ['a', 'b']
+    assert [d.text for d in file_documents(tmp_path/'x.parquet')] == ['a', 'b']
 
 
 def test_two_at_once_do_not_write_one_dataset(corpus, tmp_path):
@@ -312,7 +315,7 @@ def test_a_million_blanks_do_not_end_a_preparation():
     "More in a row than tiktoken's pattern takes at once, or a BPE learns from in seconds: every byte is there."
     texts = ['a page', 'before' + ' ' * 1_200_000 + 'after', 'another page']
     for kind in ('bytes', 'bpe'):
-        tokenizer = data.make_tokenizer(kind, texts, 300)
+        tokenizer = make_tokenizer(kind, texts, 300)
         with pytest.raises(ValueError, match='Max stack size'): tokenizer.encode(texts[1])
         found = data.encoded((data.Piece(text, 'pages', 'train', i) for i, text in enumerate(texts)), tokenizer)
         assert [tokenizer.decode(e.ids[1:].tolist()) for e in found] == texts
@@ -381,16 +384,16 @@ def test_links_and_patterns(corpus, tmp_path):
     for folder in ('a', 'far'): (tmp_path/folder/'x [1].txt').write_text(folder)
     (tmp_path/'a'/'linked').symlink_to(tmp_path/'far'); (tmp_path/'a'/'circle').symlink_to(tmp_path/'a')
     for source in (str(tmp_path/'a'), f'{tmp_path}/a/**/*.txt', f'{tmp_path}/a*'):
-        assert sorted(d.text for d in data.file_documents(source)) == ['a', 'far'], source
-    assert next(data.file_documents(tmp_path/'a'/'x [1].txt')).domain == 'x [1]' and data.domain_of(tmp_path/'a') == 'a'
+        assert sorted(d.text for d in file_documents(source)) == ['a', 'far'], source
+    assert next(file_documents(tmp_path/'a'/'x [1].txt')).domain == 'x [1]' and domain_of(tmp_path/'a') == 'a'
     (tmp_path/'a'/'gone.txt').symlink_to(tmp_path/'nowhere')
-    with pytest.raises(BadInput, match='gone.txt is no file that can be read'): list(data.file_documents(tmp_path/'a'))
+    with pytest.raises(BadInput, match='gone.txt is no file that can be read'): list(file_documents(tmp_path/'a'))
 
 
 def test_a_changed_dataset_is_not_mixed_with_the_old(texts, tmp_path, noting):
     "Half prepared, then saved anew with other rows: the same command begins anew."
     datasets.Dataset.from_dict({'text': texts}).save_to_disk(tmp_path/'saved')
-    source = data.hub_source(str(tmp_path/'saved'), None, ('text',), 0.1, None)
+    source = hub_source(str(tmp_path/'saved'), None, ('text',), 0.1, None)
     broken = source._replace(documents=lambda skip: (d if i < 40 else 1 / 0 for i, d in enumerate(source.documents(0)) if i >= skip))
     with pytest.raises(ZeroDivisionError): data.write_dataset([broken], tmp_path/'out', 'bytes', 4096, str(tmp_path/'saved'))
     assert (tmp_path/'.out.part'/'progress.json').exists()
@@ -409,7 +412,7 @@ def test_a_document_is_noted_with_both_its_parts_or_not_at_all(at, texts, tmp_pa
         stop = stops.pop(0) if stops else None
         for i, text in enumerate(texts):
             if i == stop: raise KeyboardInterrupt
-            if i >= skip: yield data.Document(text, 'pages', str(i))
+            if i >= skip: yield Document(text, 'pages', str(i))
     monkeypatch.setattr(data, 'upto', lambda pieces, limit: iter(()))   # `bytes` learns nothing and reads nothing
     source = Source('pages', documents, held_out=lambda name: False)
     with pytest.raises(KeyboardInterrupt): data.write_dataset([source], tmp_path/'out', 'bytes')
@@ -420,8 +423,8 @@ def test_a_document_is_noted_with_both_its_parts_or_not_at_all(at, texts, tmp_pa
 
 @pytest.mark.parametrize('damage', ['tokenizer.json', 'shard', 'progress.json'])
 def test_damaged_notes_are_begun_anew(damage, corpus, tmp_path, noting):
-    half = Source('half', lambda skip: (d if i < 40 else 1 / 0 for i, d in enumerate(data.file_documents(corpus/'pages.txt')) if i >= skip))
-    whole = half._replace(documents=lambda skip: (d for i, d in enumerate(data.file_documents(corpus/'pages.txt')) if i >= skip))
+    half = Source('half', lambda skip: (d if i < 40 else 1 / 0 for i, d in enumerate(file_documents(corpus/'pages.txt')) if i >= skip))
+    whole = half._replace(documents=lambda skip: (d for i, d in enumerate(file_documents(corpus/'pages.txt')) if i >= skip))
     with pytest.raises(ZeroDivisionError): data.write_dataset([half], tmp_path/'out', 'bytes')
     path = next((tmp_path/'.out.part').glob('*train*.bin')) if damage == 'shard' else tmp_path/'.out.part'/damage
     path.write_bytes(path.read_bytes()[:-3000 if damage == 'shard' else -9])
@@ -432,7 +435,7 @@ def test_damaged_notes_are_begun_anew(damage, corpus, tmp_path, noting):
 
 @pytest.mark.parametrize('weights', [[999, 2, 999], [1, 998, 1], [1] * 7, [0.001, 0.999]])
 def test_every_domain_with_a_weight_has_its_turn(weights):
-    domain, number = data.turns(np.arange(3000), weights, seed=1)
+    domain, number = turns(np.arange(3000), weights, seed=1)
     for block in domain.reshape(3, 1000):
         counts = np.bincount(block, minlength=len(weights))
         assert (counts >= 1).all() and np.abs(counts - 1000 * np.array(weights) / sum(weights)).max() <= 1
@@ -448,7 +451,7 @@ def test_whatever_the_hub_raises_is_one_sentence(error, tmp_path, monkeypatch):
         def skip(self, n):
             yield {'text': 'a'}
             raise error
-    with pytest.raises(BadInput, match='broke off after 1 documents'): list(data.hub_documents(Rows(), ('text',), 'someone/pages', 0))
+    with pytest.raises(BadInput, match='broke off after 1 documents'): list(hub_documents(Rows(), ('text',), 'someone/pages', 0))
 
 
 def test_what_lies_in_a_folder_of_texts(tmp_path, monkeypatch):
@@ -458,15 +461,15 @@ def test_what_lies_in_a_folder_of_texts(tmp_path, monkeypatch):
         (texts/name).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({'text': f'text of {name}'}) if name.endswith('JSONL') else f'text of {name}'
         (texts/name).write_text('\ufeff' + text, encoding='utf-8')
-    found = {d.text for d in data.file_documents(texts)}
+    found = {d.text for d in file_documents(texts)}
     assert found == {f'text of {name}' for name in ('ONE.TXT', 'two.Md', 'deep/five.py', 'six.JSONL')}
-    assert data.domain_of(texts/'ONE.TXT') == 'ONE' and data.domain_of('caf\udce9.txt') == 'caf\ufffd'
+    assert domain_of(texts/'ONE.TXT') == 'ONE' and domain_of('caf\udce9.txt') == 'caf\ufffd'
     real = os.scandir
     def closed(path):
         if str(path).endswith('deep'): raise PermissionError(13, 'Permission denied', str(path))
         return real(path)
     monkeypatch.setattr(os, 'scandir', closed)
-    with pytest.raises(BadInput, match='deep cannot be read: Permission denied'): list(data.file_documents(texts))
+    with pytest.raises(BadInput, match='deep cannot be read: Permission denied'): list(file_documents(texts))
 
 
 def test_token_files_beside_the_program_that_made_them(tmp_path, capsys):
@@ -478,7 +481,7 @@ def test_token_files_beside_the_program_that_made_them(tmp_path, capsys):
     (theirs/'prepare.py').write_text('import os'), (theirs/'readme.md').write_text('# openwebtext')
     data.main([str(theirs), '--tokenizer=bytes', f'--out={tmp_path}/ds'])
     assert f'written to {tmp_path}/ds; train on it: python -m nanomoe.train PRESET --dataset {tmp_path}/ds' in capsys.readouterr().out
-    assert len(data.TokenFile(tmp_path/'ds', 'train')) == 5000
+    assert len(TokenFile(tmp_path/'ds', 'train')) == 5000
     (texts/'weights.bin').write_bytes(b'12345678'), (texts/'a.txt').write_text('some text\n' * 200)
     assert data.prepare(texts, tmp_path/'mine', 'bytes')['splits']['train']['documents'] == 1
 
@@ -527,12 +530,12 @@ def test_what_a_folder_holds_besides_is_told_and_can_be_asked_for(tmp_path, caps
 def test_rows_of_json_with_nulls_long_lines_and_other_columns(tmp_path, monkeypatch):
     path = tmp_path/'rows.jsonl'
     path.write_text('{"text": null}\n{"text": "one", "kind": null}\n{"words": 1, "id": 2}\n')
-    rows = data.file_documents(path, ('text',))
+    rows = file_documents(path, ('text',))
     assert next(rows).text == 'one'
     with pytest.raises(BadInput, match=r'line 3 must be a JSON object with a string under "text" \(it has words, id; say which with --text_column\)'): next(rows)
-    monkeypatch.setattr(data, 'LONGEST', 100)
+    monkeypatch.setattr(corpora, 'LONGEST', 100)
     path.write_text('{"text": "' + 'x' * 100 + '"}\n')
-    with pytest.raises(BadInput, match='line 1 must be at most 100 bytes long'): list(data.file_documents(path))
+    with pytest.raises(BadInput, match='line 1 must be at most 100 bytes long'): list(file_documents(path))
 
 
 def test_every_domain_has_files_of_its_own_on_any_file_system():
@@ -560,21 +563,21 @@ def test_a_kill_while_a_dataset_replaces_another_loses_neither(corpus, tmp_path,
             try: data.prepare(source, folder, 'bytes', held_out=0.1 + n / 100)
             except Killed: pass
         data.prepare(source, folder, 'bytes', held_out=0.1 + n / 100)
-        assert 'every byte' in data.verify(folder) and [p.name for p in tmp_path.iterdir()] == ['made'], n
+        assert 'every byte' in verify(folder) and [p.name for p in tmp_path.iterdir()] == ['made'], n
 
 
 def test_a_bit_that_flips_in_an_unfinished_dataset_is_found(tmp_path):
-    writer = data.ShardWriter(tmp_path, 'open', 257)
+    writer = ShardWriter(tmp_path, 'open', 257)
     writer.add(np.arange(200, dtype=np.uint32))
     mark = writer.mark()
     writer.file.close()
     content = bytearray((tmp_path/'open_000000.bin').read_bytes())
     content[1100] ^= 1
     (tmp_path/'open_000000.bin').write_bytes(content)
-    with pytest.raises(BadInput, match='is not what was written'): data.ShardWriter(tmp_path, 'open', 257, mark=mark)
+    with pytest.raises(BadInput, match='is not what was written'): ShardWriter(tmp_path, 'open', 257, mark=mark)
     content[1100] ^= 1
     (tmp_path/'open_000000.bin').write_bytes(content)
-    writer = data.ShardWriter(tmp_path, 'open', 257, mark=mark)
+    writer = ShardWriter(tmp_path, 'open', 257, mark=mark)
     with open(tmp_path/'open_000000.bin', 'r+b') as f: f.seek(1100); f.write(b'\xff')
     with pytest.raises(BadInput, match='is not what was written'): writer.close()
 
@@ -584,4 +587,4 @@ def test_columns_that_nobody_asked_for_are_not_decoded(tmp_path):
     broken = pyarrow.array([{'bytes': b'no image', 'path': None}] * 20, type=pyarrow.struct({'bytes': pyarrow.binary(), 'path': pyarrow.string()}))
     table = pyarrow.table({'text': [f'row {i}' for i in range(20)], 'picture': broken})
     datasets.Dataset(table).cast(datasets.Features({'text': datasets.Value('string'), 'picture': datasets.Image()})).save_to_disk(tmp_path/'saved')
-    assert [d.text for d in data.hub_source(str(tmp_path/'saved'), None, ('text',), 0.1, None).documents(17)] == ['row 17', 'row 18', 'row 19']
+    assert [d.text for d in hub_source(str(tmp_path/'saved'), None, ('text',), 0.1, None).documents(17)] == ['row 17', 'row 18', 'row 19']

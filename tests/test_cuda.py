@@ -23,10 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from nanomoe import checkpoint, experts, train
+from nanomoe.metrics import routing_stats
+from nanomoe.optim import lr_at, make_optimizer, orthogonalised
 from nanomoe.attention import FixedKVCache, KVCache
 from nanomoe.capacity import expert_capacity
-from nanomoe.config import PRESETS, ModelConfig, TrainConfig
-from nanomoe.data import TokenFile, all_windows, prepare, training_batch
+from nanomoe.config import ModelConfig, TrainConfig
+from nanomoe.presets import PRESETS
+from nanomoe.data import prepare
+from nanomoe.dataset import TokenFile, all_windows, training_batch
 from nanomoe.experts import MoE
 from nanomoe.losses import balance_loss
 from nanomoe.model import GPT, head_loss
@@ -186,7 +190,7 @@ def test_a_layer_never_waits_for_the_device(device, way):
         if device.type == 'cpu': x = torch.randn(x.shape)
         with torch.autocast(device.type, torch.bfloat16): y, r = layer(x, ids)
         y.sum().backward()
-        train.routing_stats((r,), layer.cfg)
+        routing_stats((r,), layer.cfg)
 
 
 def test_a_wait_is_noticed(device):
@@ -215,8 +219,8 @@ def test_no_tensor_is_made_on_another_device(preset, monkeypatch):
         x = torch.zeros(2, 32, dtype=torch.long, device='meta')
         out = model(x, x, keep_logits=False)
         out.losses.total.backward()
-        assert train.routing_stats(out.routings, model.cfg).is_meta and all(p.grad.is_meta for p in model.parameters())
-        train.make_optimizer(model, TrainConfig(optimizer='muon')).step()
+        assert routing_stats(out.routings, model.cfg).is_meta and all(p.grad.is_meta for p in model.parameters())
+        make_optimizer(model, TrainConfig(optimizer='muon')).step()
         model.eval()
         with torch.no_grad():
             for cache in (KVCache, lambda size: FixedKVCache(size, x.device)):
@@ -285,7 +289,7 @@ def plain_losses(cfg: ModelConfig, s: TrainConfig) -> list[float]:
                                   betas=(s.beta1, s.beta2))
     found = []
     for step in range(s.max_iters):
-        for group in optimizer.param_groups: group['lr'] = train.lr_at(step, s)
+        for group in optimizer.param_groups: group['lr'] = lr_at(step, s)
         numbers = range(step * s.gradient_accumulation_steps, (step + 1) * s.gradient_accumulation_steps)
         outs = [model(*training_batch(data, n * s.batch_size, s.batch_size, cfg.block_size, s.seed)) for n in numbers]
         total = torch.stack([out.losses.total for out in outs]).mean()
@@ -330,10 +334,10 @@ def test_a_compiled_run_is_the_eager_one(device, preset, numbers, tmp_path):
 TWO_PROCESSES = """
 import gc, json, os, sys, torch
 from torch._dynamo.utils import counters
-from nanomoe.config import ModelConfig
+from nanomoe.config import ModelConfig, TrainConfig
 from nanomoe.model import GPT
+from nanomoe.optim import make_optimizer
 from nanomoe.parallel import process_group, quietly, share_gradients
-from nanomoe.train import TrainConfig, make_optimizer
 
 def gradients(cfg, world, x, y, compiled):
     "Of a step of three micro-batches, after one other step."
@@ -500,7 +504,7 @@ def test_compiled_sampling_writes_the_same(device, preset):
 
 def test_orthogonalised_matrices_are(device):
     m = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0)).to(device)
-    made = train.orthogonalised(m)
+    made = orthogonalised(m)
     assert made.dtype == m.dtype
     values = torch.linalg.svdvals(made.cpu())
     assert values.min() > 0.6 and values.max() < 1.3

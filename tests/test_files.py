@@ -18,8 +18,14 @@ from hypothesis import HealthCheck, given, seed as seeded, settings
 from hypothesis import strategies as st
 
 from nanomoe import checkpoint, data, pretrained, sample, train
-from nanomoe.config import PRESETS, BadInput, ModelConfig, check, field_names, from_dict, one_sentence, parse
-from nanomoe.data import TokenFile, sealed
+from nanomoe.corpora import numbers_documents
+from nanomoe.metrics import read_log
+from nanomoe.tokenizer import load_tokenizer
+from nanomoe.command_line import one_sentence, parse
+from nanomoe.config import BadInput, ModelConfig, check, field_names, from_dict
+from nanomoe.presets import PRESETS
+from nanomoe.dataset import TokenFile, all_windows, batch_at, target_domains, verify
+from nanomoe.files import Lines, cut_log, read_sealed, sealed, sha256
 from nanomoe.model import GPT
 
 HERE = Path(__file__).parent
@@ -28,7 +34,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('data')/'small'
-    data.write_dataset(data.numbers_documents(12_000, lines=20), folder, 'bytes')
+    data.write_dataset(numbers_documents(12_000, lines=20), folder, 'bytes')
     return folder
 
 
@@ -42,9 +48,9 @@ def read_all(folder: Path):
     "What training reads of a dataset."
     for split in ('train', 'val'):
         tokens = TokenFile(folder, split)
-        starts = data.all_windows(tokens, 32)[:4]
-        data.batch_at(tokens, starts, 32), data.target_domains(tokens, starts, 32)
-    tokenizer = data.load_tokenizer(folder)
+        starts = all_windows(tokens, 32)[:4]
+        batch_at(tokens, starts, 32), target_domains(tokens, starts, 32)
+    tokenizer = load_tokenizer(folder)
     tokenizer.decode(range(min(3, tokenizer.n_vocab)))
 
 
@@ -61,7 +67,7 @@ def test_every_flipped_bit_is_found(dataset, tmp_path, seed, soak):
         damaged.write_bytes(content)
         if original.parent == dataset:
             with pytest.raises(BadInput, match=original.name): read_all(copy)
-            with pytest.raises(BadInput, match=original.name): data.verify(copy)
+            with pytest.raises(BadInput, match=original.name): verify(copy)
         else:
             with pytest.raises(ValueError, match=original.name): checkpoint.load(damaged.parent)
             with redirect_stderr(io.StringIO()) as said: assert checkpoint.load_latest(copy).step == 10
@@ -92,7 +98,7 @@ def test_no_file_executes_anything(dataset, tmp_path, capsys):
     run = saved(tmp_path/'run')                                         # digests and seal in order
     torch.save({'w': Bomb(marker)}, run/'step-00000020'/'model.safetensors')
     meta = json.loads((run/'step-00000020'/'meta.json').read_text())
-    meta['sha256']['model.safetensors'] = checkpoint.sha256(run/'step-00000020'/'model.safetensors')
+    meta['sha256']['model.safetensors'] = sha256(run/'step-00000020'/'model.safetensors')
     (run/'step-00000020'/'meta.json').write_text(json.dumps(sealed(meta)))
     assert checkpoint.load_latest(run).step == 10 and 'holds no checkpoint' in capsys.readouterr().err
     torch.save({'model': {'w': Bomb(marker)}}, tmp_path/'ckpt.pt')
@@ -195,7 +201,7 @@ def test_fuzzed_tokenizers(dataset, tmp_path, seed, soak):
     folder, content = shutil.copytree(dataset, tmp_path/'copy'), (dataset/'tokenizer.json').read_bytes()
     def tokenizers(case):
         (folder/'tokenizer.json').write_bytes(case)
-        tokenizer = data.load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         tokenizer.decode(range(min(3, tokenizer.n_vocab)))
     flat = {key: value for key, value in json.loads(content).items() if key != 'seal'}
     fuzz(damaged(content) | rewritten(flat).map(lambda tree: json.dumps(sealed(tree) if isinstance(tree, dict) else tree).encode()),
@@ -208,7 +214,7 @@ def test_fuzzed_shards(dataset, tmp_path, seed, soak):
     flat = json.loads((dataset/'manifest.json').read_text())
     def shards(case):
         (folder/'numbers_val_000000.bin').write_bytes(case)
-        flat['splits']['val']['shards'][0]['sha256'] = checkpoint.sha256(folder/'numbers_val_000000.bin')
+        flat['splits']['val']['shards'][0]['sha256'] = sha256(folder/'numbers_val_000000.bin')
         (folder/'manifest.json').write_text(json.dumps(sealed(flat)))
         read_all(folder)
     fuzz(damaged(content) | damaged(content[:1024]).map(lambda head: head + content[1024:]), shards, seed, 1000 if soak else 100)
@@ -221,7 +227,7 @@ def test_fuzzed_checkpoints(tmp_path, seed, soak):
     def checkpoints(case):
         tree, content = case
         (step/'model.safetensors').write_bytes(content)
-        if tree is flat: flat['sha256']['model.safetensors'] = checkpoint.sha256(step/'model.safetensors')
+        if tree is flat: flat['sha256']['model.safetensors'] = sha256(step/'model.safetensors')
         (step/'meta.json').write_text(json.dumps(sealed(tree) if isinstance(tree, dict) else tree))
         checkpoint.load(step)
     fuzz(st.tuples(rewritten(flat), st.just(weights)) | st.tuples(st.just(flat), damaged(weights)), checkpoints, seed, 1000 if soak else 100)
@@ -234,7 +240,7 @@ def test_a_shard_that_is_no_file(dataset, tmp_path, name):
     flat = json.loads((folder/'manifest.json').read_text())
     flat['splits']['train']['shards'][0]['file'] = name
     (folder/'manifest.json').write_text(json.dumps(sealed(flat)))
-    for call in (read_all, data.verify):
+    for call in (read_all, verify):
         with pytest.raises(BadInput): call(folder)
 
 
@@ -253,7 +259,7 @@ def test_names_of_the_users_beside_checkpoints(tmp_path):
     shutil.copytree(root/'step-00000010', root/'step-00000010-good')
     (root/'step-00000005').symlink_to(root/'step-00000010-good')        # moved to another disk
     (root/'log.jsonl').write_text('{"step": 10, "val_ce": 1.0, "val_tokens": 5}\n')
-    assert checkpoint.best_step(root, checkpoint.read_log(root/'log.jsonl')) == 10
+    assert checkpoint.best_step(root, read_log(root/'log.jsonl')) == 10
     saved(root, steps=(20, 30))
     assert (root/'step-00000010-good').exists() and checkpoint.load_latest(root).step == 30
 
@@ -268,25 +274,25 @@ def test_fuzzed_logs(tmp_path, seed, soak):
     def run(content):
         path.write_bytes(content)
         with redirect_stderr(io.StringIO()):
-            before = checkpoint.read_log(path)
+            before = read_log(path)
             checkpoint.best_step(tmp_path, checkpoint.evaluations(before))
-            checkpoint.cut_log(path, 3)
-        assert checkpoint.read_log(path) == [row for row in before if row['step'] <= 3]
+            cut_log(path, 3)
+        assert read_log(path) == [row for row in before if row['step'] <= 3]
     run()
 
 
 def test_a_dataset_keeps_its_own_tokenizer(tmp_path):
     "Another of equal size is refused, by its digest in the manifest; datasets of before have none there."
-    for name in 'ab': data.write_dataset(data.numbers_documents(60_000, seed=ord(name)), tmp_path/name, 'bpe', 300)
+    for name in 'ab': data.write_dataset(numbers_documents(60_000, seed=ord(name)), tmp_path/name, 'bpe', 300)
     own = (tmp_path/'a'/'tokenizer.json').read_bytes()
     shutil.copy(tmp_path/'b'/'tokenizer.json', tmp_path/'a'/'tokenizer.json')
-    for use in (lambda: data.verify(tmp_path/'a'), lambda: data.TokenFile(tmp_path/'a', 'train')):
+    for use in (lambda: verify(tmp_path/'a'), lambda: TokenFile(tmp_path/'a', 'train')):
         with pytest.raises(BadInput, match='is not the one that the tokens were made with'): use()
     (tmp_path/'a'/'tokenizer.json').write_bytes(own)
-    data.verify(tmp_path/'a')
-    manifest = data.read_sealed(tmp_path/'a'/'manifest.json')
+    verify(tmp_path/'a')
+    manifest = read_sealed(tmp_path/'a'/'manifest.json')
     (tmp_path/'a'/'manifest.json').write_text(json.dumps(sealed({k: v for k, v in manifest.items() if k not in ('tokenizer', 'sha256', 'seal')})))
-    data.TokenFile(tmp_path/'a', 'train')
+    TokenFile(tmp_path/'a', 'train')
 
 
 def test_the_best_is_kept_through_another_batch_size(tmp_path):
@@ -296,12 +302,12 @@ def test_the_best_is_kept_through_another_batch_size(tmp_path):
     lines = [(2, 3.0, 100), (3, 1.0, 999), (4, 2.5, 200), (6, 2.0, 200), (7, 1.5, 999)]
     for count, best in ((1, 2), (3, 4), (4, 6), (5, 6)):
         (root/'log.jsonl').write_text(''.join(json.dumps(dict(step=s, val_ce=ce, val_tokens=n)) + '\n' for s, ce, n in lines[:count]))
-        assert checkpoint.best_step(root, checkpoint.read_log(root/'log.jsonl')) == best
+        assert checkpoint.best_step(root, read_log(root/'log.jsonl')) == best
 
 
 def test_a_run_keeps_to_its_mixture(tmp_path):
     "The same texts prepared again with other weights are other data, though every shard is the same."
-    for i, name in enumerate('ab'): (tmp_path/f'{name}.txt').write_text('\n'.join(d.text for d in data.numbers_documents(30_000, seed=i)))
+    for i, name in enumerate('ab'): (tmp_path/f'{name}.txt').write_text('\n'.join(d.text for d in numbers_documents(30_000, seed=i)))
     def prepared(weights): data.prepare([tmp_path/'a.txt', tmp_path/'b.txt'], tmp_path/'ds', 'bytes', weights=weights)
     model, run = PRESETS['tiny']
     run = replace(run, dataset=str(tmp_path/'ds'), out_dir=str(tmp_path/'run'), device='cpu', max_iters=2, warmup_iters=1, checkpoint_interval=2)
@@ -314,16 +320,16 @@ def test_a_run_keeps_to_its_mixture(tmp_path):
 
 
 def test_a_log_is_json_whatever_the_loss_is(tmp_path):
-    lines = checkpoint.Lines(tmp_path/'log.jsonl')
+    lines = Lines(tmp_path/'log.jsonl')
     lines.append(dict(step=1, ce=float('nan'), lr=1e-3, health=dict(entropy=[1.0, float('inf')])))
     lines.append(dict(step=2, ce=2.0, load=[[1, 2], [3, 4]]))
     def refuse(name): raise AssertionError(name)
     rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
     assert rows[0]['ce'] is None and rows[0]['lr'] == 1e-3
-    first, second = checkpoint.read_log(tmp_path/'log.jsonl')
+    first, second = read_log(tmp_path/'log.jsonl')
     assert np.isnan(first['ce']) and np.isnan(first['health']['entropy'][1]) and second['load'] == [[1, 2], [3, 4]]
     whole = (tmp_path/'log.jsonl').read_text()
-    checkpoint.cut_log(tmp_path/'log.jsonl', 1)
+    cut_log(tmp_path/'log.jsonl', 1)
     assert (tmp_path/'log.jsonl').read_text() == whole.splitlines(True)[0]
 
 
@@ -339,10 +345,10 @@ def test_steps_of_nine_digits_names_that_lie_and_files_of_the_user(tmp_path):
 
 
 def test_data_too_large_to_compare_at_once_is_compared_while_it_trains(tmp_path, monkeypatch):
-    data.write_dataset(data.numbers_documents(60_000, lines=20), tmp_path/'ds', 'bytes')
+    data.write_dataset(numbers_documents(60_000, lines=20), tmp_path/'ds', 'bytes')
     model, run = PRESETS['tiny']
     run = replace(run, dataset=str(tmp_path/'ds'), out_dir=str(tmp_path/'run'), device='cpu', max_iters=2, warmup_iters=1)
-    monkeypatch.setattr(data, 'QUICK', 10)
+    monkeypatch.setattr('nanomoe.dataset.QUICK', 10)
     assert list(train.train(model, run))[-1].step == 2
     shard = tmp_path/'ds'/TokenFile(tmp_path/'ds', 'train').manifest['splits']['train']['shards'][0]['file']
     content = bytearray(shard.read_bytes())
@@ -424,5 +430,5 @@ def test_what_a_machine_refuses_is_one_sentence(error, said, capsys):
 def test_patterns_on_which_the_library_panics(dataset, tmp_path, change, capfd):
     flat = json.loads((dataset/'tokenizer.json').read_text()) | change
     (tmp_path/'tokenizer.json').write_text(json.dumps(sealed({key: value for key, value in flat.items() if key != 'seal'})))
-    with pytest.raises(BadInput, match='holds no tokenizer'): data.load_tokenizer(tmp_path)
+    with pytest.raises(BadInput, match='holds no tokenizer'): load_tokenizer(tmp_path)
     assert not capfd.readouterr().err

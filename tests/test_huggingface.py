@@ -5,7 +5,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanomoe.config import BadInput, ModelConfig
 from nanomoe.experts import MoE
-from nanomoe.pretrained import from_gpt2, initial_weights
+from nanomoe.huggingface import from_gpt2
+from nanomoe.pretrained import initial_weights
 
 
 @pytest.fixture(scope='module')
@@ -44,11 +45,11 @@ def test_exact_gelu_is_not_gpt2s(theirs):
 
 
 def test_a_saved_folder_is_read_by_name(theirs, tmp_path, monkeypatch):
-    from nanomoe import pretrained
+    from nanomoe import huggingface
     folder = tmp_path/'gpt2'
     theirs.save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, 'gpt2_config', lambda name: CFG)
+    monkeypatch.setattr(huggingface, 'gpt2_config', lambda name: CFG)
     ours = initial_weights('gpt2', CFG)
     torch.testing.assert_close(ours(torch.arange(32)[None]).logits, theirs(torch.arange(32)[None]).logits,
                                atol=1e-5, rtol=1e-4)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanomoe.config import PRESETS, ModelConfig, TrainConfig
+from nanomoe.config import ModelConfig, TrainConfig
+from nanomoe.presets import PRESETS
 from nanomoe.model import GPT, n_params
 from nanomoe.pretrained import from_nanomoe, nanomoe_config
 from nanomoe.router import expert_counts
-from nanomoe.train import make_optimizer
+from nanomoe.optim import make_optimizer
 
 FIXTURES = sorted((Path(__file__).parent/'fixtures').glob('*.npz'))
 TOLERANCE = 1e-5

@@ -14,11 +14,15 @@ import PIL.Image
 import pytest
 import torch
 
+from nanomoe import board as boards
+from nanomoe import report as reports
 from nanomoe import viz
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
 from nanomoe.router import choose
-from nanomoe.train import health, routing_stats
-from nanomoe.viz import board_svg, experts_figure, health_figure, png, read_rows, report, samples_of, server
+from nanomoe.metrics import health, routing_stats
+from nanomoe.board import board_svg, svg_words
+from nanomoe.report import experts_figure, health_figure, read_rows, report, samples_of, server
+from nanomoe.viz import png
 
 
 def row(step: int, **other) -> dict:
@@ -109,14 +113,14 @@ DAMAGE = {'log.jsonl': ['xyz', '3', '[1]', '{"a": 1}', '{"step": "3"}', '{"step"
 def test_a_damaged_line_costs_itself(file, tmp_path, capsys):
     "Report, pictures and watcher show what the other lines say, and one word for each that is left out."
     run = run_of(tmp_path/'run', WHOLE, [text(4), text(5)])
-    whole = {kind: viz.drawn(kind, str(run), None).read_bytes() for kind in ('report', 'curve', 'experts')}
+    whole = {kind: reports.drawn(kind, str(run), None).read_bytes() for kind in ('report', 'curve', 'experts')}
     lines = (run/file).read_text().splitlines(True)
     (run/file).write_text(lines[0] + ''.join(line + '\n' for line in DAMAGE[file]) + ''.join(lines[1:]))
     capsys.readouterr()
-    assert {kind: viz.drawn(kind, str(run), None).read_bytes() for kind in whole} == whole
+    assert {kind: reports.drawn(kind, str(run), None).read_bytes() for kind in whole} == whole
     said = capsys.readouterr().err.count('cannot be read and is left out')
     assert said == len(DAMAGE[file]) * (3 if file == 'log.jsonl' else 1)           # once for each picture that reads the file
-    live = viz.Live(run)
+    live = reports.Live(run)
     assert json.loads(live.answer('/board', 0, -1)[1])['step'] == 5 and json.loads(live.answer('/text', 0, -1)[1])['step'] == 5
 
 
@@ -131,15 +135,15 @@ def test_the_later_of_two_writers_is_shown(tmp_path):
 def test_every_picture_shows_the_same_losses(tmp_path, monkeypatch):
     "Report, curve, watcher and board: bits per byte by the log, or for a log of before by its last evaluation; without any, nats."
     drawn, real = [], viz.curve_points
-    monkeypatch.setattr(viz, 'curve_points', lambda rows: drawn.append(real(rows)) or drawn[-1])
+    for module in (viz, boards): monkeypatch.setattr(module, 'curve_points', lambda rows: drawn.append(real(rows)) or drawn[-1])
     bare = [{k: v for k, v in row(s).items() if not k.startswith('val')} for s in (1, 2)]
     for rows, unit, wanted in (([row(s, bpb=7 / s) for s in (1, 2)], 'bits per byte', [7, 3.5]), (WHOLE[:2], 'bits per byte', [8, 4]),
                                ([row(1, bpb=7), row(2), row(3, bpb=float('nan'))], 'bits per byte', [7]), (bare, 'nats per token', [5, 2.5])):
         drawn.clear()
         run = run_of(tmp_path/f'run{wanted}', rows)
         page = report(run)
-        viz.curve_of(run)
-        board = json.loads(viz.Live(run).answer('/board', 0, -1)[1])['svg']
+        reports.curve_of(run)
+        board = json.loads(reports.Live(run).answer('/board', 0, -1)[1])['svg']
         assert f'{unit}: — batch' in board and f'{unit}: — batch' in board_svg(read_rows(run/'log.jsonl')) and '<h2>Loss' in page
         assert len(drawn) == 4 and {u for u, *_ in drawn} == {unit}
         for _, trained, held in drawn: assert trained[:, 1].tolist() == pytest.approx(wanted) and (held == drawn[0][2]).all()
@@ -155,7 +159,7 @@ def test_a_damaged_file_gets_one_sentence(name, tmp_path, capsys):
     file, content, sentence = BAD[name]
     run = run_of(tmp_path/'run', WHOLE, [text(5)])
     (run/file).write_text(content)
-    with pytest.raises(SystemExit) as stop: viz.main(['report', str(run)])
+    with pytest.raises(SystemExit) as stop: reports.main(['report', str(run)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in said.splitlines()[-1]
     assert not (run/'report.html').exists()
@@ -165,7 +169,7 @@ def test_a_damaged_file_gets_one_sentence(name, tmp_path, capsys):
                                              ('watch {run} --port 70000 --open=False', 'port 70000 of 127.0.0.1 cannot be used')])
 def test_what_cannot_be_done_gets_one_sentence(words, sentence, tmp_path, capsys):
     run = run_of(tmp_path/'run', WHOLE)
-    with pytest.raises(SystemExit) as stop: viz.main(words.format(run=run).split())
+    with pytest.raises(SystemExit) as stop: reports.main(words.format(run=run).split())
     said = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in said and said.count('\n') == 1
 
@@ -180,7 +184,7 @@ def test_sureness_is_what_the_log_calls_entropy_and_margin():
 
 
 def test_help_of_the_watcher_names_its_port(capsys):
-    with pytest.raises(SystemExit) as stop: viz.main(['watch', '--help'])
+    with pytest.raises(SystemExit) as stop: reports.main(['watch', '--help'])
     assert stop.value.code == 0 and '--port' in capsys.readouterr().out
 
 
@@ -211,7 +215,7 @@ def test_the_page_of_a_run_answers_this_machine_only(tmp_path):
     "A page on the web whose name was made to lead here (DNS rebinding) gets nothing, and no address makes the server fall."
     (tmp_path/'config.json').write_text(json.dumps(to_dict(ModelConfig(), TrainConfig())))
     (tmp_path/'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0)) + '\n')
-    with viz.server(tmp_path, 0) as watcher:
+    with reports.server(tmp_path, 0) as watcher:
         threading.Thread(target=watcher.serve_forever, daemon=True).start()
         def status(host: str, path: str = '/board') -> int:
             line = http.client.HTTPConnection('127.0.0.1', watcher.server_port, timeout=10)
@@ -235,7 +239,7 @@ def test_samples_that_are_none_are_left_out(change, tmp_path, capsys):
     line = dict(step=1, domain='d', text='ab', pieces=['a', 'b'], ids=[0, 1], expert_ids=[[[0, 1], [2, 3]]], gates=[[[.5, .5], [.5, .5]]], kept=[None])
     change(line)
     (tmp_path/'samples.jsonl').write_text(json.dumps(line) + '\n')
-    page = viz.report(tmp_path)
+    page = reports.report(tmp_path)
     assert 'onerror' not in page and 'Text by expert' not in page and 'samples.jsonl line 1 cannot be read' in capsys.readouterr().err
     with pytest.raises(TypeError): viz.coloured_text(['a'], [[{'<b>': 0}]])
 
@@ -266,11 +270,11 @@ def test_a_watcher_waits_for_its_run(tmp_path, capsys, monkeypatch):
     "Started first, with another run beside it: it says so, serves, and shows the run when it comes, also after a new beginning."
     run_of(tmp_path/'other', WHOLE)
     (tmp_path/'none').mkdir()
-    monkeypatch.setattr(viz.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    viz.watch(tmp_path/'later', 0, False)
+    monkeypatch.setattr(reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    reports.watch(tmp_path/'later', 0, False)
     said = capsys.readouterr().out
     assert f'waiting     for {tmp_path}/later; runs beside it: other' in said and 'ssh -L ' in said
-    live = viz.Live(tmp_path/'later')
+    live = reports.Live(tmp_path/'later')
     assert '<script>' in live.answer('/', 0, -1)[1]
     with pytest.raises(BadInput, match='waiting for'): live.answer('/board', 0, -1)
     for rows in (WHOLE, WHOLE[:2], WHOLE[:1] * 1):
@@ -296,12 +300,12 @@ def test_who_may_ask_the_watcher(tmp_path):
 
 def test_the_usual_port_may_be_taken(tmp_path, capsys, monkeypatch):
     run = run_of(tmp_path/'run', WHOLE)
-    monkeypatch.setattr(viz.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(BadInput, match=f'port {port} of 127.0.0.1 cannot be used'): viz.watch(run, port, False)
+        with pytest.raises(BadInput, match=f'port {port} of 127.0.0.1 cannot be used'): reports.watch(run, port, False)
 
 
 def http_client(port: int): return http.client.HTTPConnection('127.0.0.1', port, timeout=10)
@@ -318,7 +322,7 @@ def test_a_figure_of_another_shape_costs_its_line(rows, tmp_path):
         with pytest.raises(BadInput, match='holds no line of a run yet'): report(run)
         return
     assert [r['step'] for r in read_rows(run/'log.jsonl')] == whole and '<h2>Experts' in report(run)
-    assert json.loads(viz.Live(run).answer('/board', 0, -1)[1])['step'] == 3 and viz.Live(run).answer('/text', 0, -1)
+    assert json.loads(reports.Live(run).answer('/board', 0, -1)[1])['step'] == 3 and reports.Live(run).answer('/text', 0, -1)
 
 
 def test_many_domains_with_long_names_stay_readable():
@@ -337,7 +341,7 @@ def test_a_figure_that_is_missing_or_none_costs_its_line(damage, tmp_path):
         run = run_of(tmp_path/'run', rows, [text(4), text(5)])
         page = report(run)
         assert '<h2>Experts' in page and '<h2>Health' in page and '<h2>Text by expert' in page
-        shown = json.loads(viz.Live(run).answer('/board', 2, -1)[1])
+        shown = json.loads(reports.Live(run).answer('/board', 2, -1)[1])
         assert shown['layers'] == 2 and 'MoE layer 1' in shown['svg'] and 'nan' not in shown['svg']
 
 
@@ -346,23 +350,23 @@ def test_a_damaged_text_costs_itself_alone(tmp_path, capsys):
     lines = [text(step, name) for step in (3, 4, 5) for name in 'ab']
     lines[-1] = text(5, 'b', expert_ids=[[[0, 7]] * 6] * 2)
     run = run_of(tmp_path/'run', WHOLE, [*lines, text(5, 'c', expert_ids=[[], []], gates=[], kept=[None] * 2)])
-    found = viz.read_samples(run)
+    found = reports.read_samples(run)
     assert found.steps == [3, 4, 5] and found.expert_ids.shape == (3, 2, 6, 2) and [line['domain'] for line in found.lines] == ['a']
     assert 'samples.jsonl line 6 cannot be read' in capsys.readouterr().err
     (run/'samples.jsonl').write_text(json.dumps(text(5) | {'gates': [[[float('nan')] * 2] * 6] * 2}) + '\n')
-    assert viz.read_samples(run) is None
+    assert reports.read_samples(run) is None
 
 
 def test_a_page_says_which_folder_it_waits_for(tmp_path, capsys):
     run = tmp_path/'<b>later\x1b[31m'
     for make, words in ((lambda: None, 'which is not there'), (run.mkdir, 'to get its first line')):
         make()
-        page = viz.Live(run).answer('/', 0, -1)[1]
+        page = reports.Live(run).answer('/', 0, -1)[1]
         assert f'waiting for {tmp_path}/&lt;b&gt;later\\x1b[31m' in page and words in page and '\x1b' not in page
-        with pytest.raises(BadInput, match=words): viz.Live(run).answer('/board', 0, -1)
+        with pytest.raises(BadInput, match=words): reports.Live(run).answer('/board', 0, -1)
     run_of(run, WHOLE)
-    assert 'waiting for' not in viz.Live(run).answer('/', 0, -1)[1]
-    with pytest.raises(BadInput, match='is a file'): viz.watch(run/'log.jsonl', 0, False)
+    assert 'waiting for' not in reports.Live(run).answer('/', 0, -1)[1]
+    with pytest.raises(BadInput, match='is a file'): reports.watch(run/'log.jsonl', 0, False)
 
 
 @pytest.mark.parametrize('host, at', [('127.0.0.1', 'localhost'), ('127.0.0.2', '127.0.0.2'), ('::1', 'localhost')])
@@ -370,12 +374,12 @@ def test_a_watcher_says_how_to_reach_it(host, at, tmp_path, capsys, monkeypatch)
     "From another machine too, where nobody is logged in by name; where the usual port is taken, at the next."
     if host == '::1' and not socket.has_ipv6: pytest.skip('no IPv6 here')
     run, ports = run_of(tmp_path/'run', WHOLE), []
-    monkeypatch.setattr(viz.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    with viz.server_at(run, None, host) as first:
-        viz.watch(run, None, False, host)
+    monkeypatch.setattr(reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with reports.server_at(run, None, host) as first:
+        reports.watch(run, None, False, host)
         port = int(capsys.readouterr().out.split('ssh -L ')[1].split(':')[0])
         assert 8712 <= first.server_port < port < 8732
-    viz.watch(run, 0, False, host)
+    reports.watch(run, 0, False, host)
     said = capsys.readouterr().out
     port = said.split('ssh -L ')[1].split(':')[0]
     assert f'at http://{at}:{port}/' in said.splitlines()[0] and f'ssh -L {port}:{at}:{port} {socket.gethostname()}' in said
@@ -388,9 +392,9 @@ def test_nothing_that_a_terminal_or_a_page_obeys_is_shown_as_it_is(tmp_path, cap
     "Escapes, zeros, turns of direction and half characters are written out, in names of runs and domains and in texts."
     run = run_of(tmp_path/'run\x1b[31m', [row(s) | {f'val_{kind}_{name}': value for name in EVIL for kind, value in (('load', [[1, 2, 3, 4]] * 2), ('bpb', 2.0))}
                                           for s in (1, 2)], [text(2, name, [*EVIL, '\t', '\n', '\r']) for name in EVIL])
-    live, board = viz.Live(run), viz.svg_words(0, 0, ''.join(EVIL))
+    live, board = reports.Live(run), svg_words(0, 0, ''.join(EVIL))
     shown = [report(run), live.answer('/', 0, -1)[1], *(part for kind in ('board', 'text') for part in map(str, json.loads(live.answer(f'/{kind}', 0, -1)[1]).values())), board]
-    viz.main(['experts', str(run), '--out', str(tmp_path/'p\x1b[31m.png')])
+    reports.main(['experts', str(run), '--out', str(tmp_path/'p\x1b[31m.png')])
     said = capsys.readouterr()
     for words in (*shown, said.out): assert not any(ch in words for ch in '\x1b\x07\0\x85\x9b\u202e\u2028\ud800\r'), words[:200]
     assert '\\x1b[31mred\\x07' in shown[0] and '\\x1b' in said.out and 'a\u200d\u00a0é日' == viz.harmless('a\u200d\u00a0é日')
@@ -404,7 +408,7 @@ def test_domains_whose_short_names_are_alike_stay_apart():
 
 def test_many_domains_are_folded_in_the_figures_of_a_run():
     figures = {f'val_bpb_{n}': 2.0 for n in range(40)}
-    assert '<details><summary>held out: 40 domains' in viz.facts([row(1) | figures], {}) and '<details' not in viz.facts([row(1, val_bpb_a=1.0)], {})
+    assert '<details><summary>held out: 40 domains' in reports.facts([row(1) | figures], {}) and '<details' not in reports.facts([row(1, val_bpb_a=1.0)], {})
 
 
 def test_one_step_out_of_line_costs_itself(tmp_path, capsys):

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from nanomoe import checkpoint, data
+from nanomoe.corpora import numbers_documents
+from nanomoe.dataset import TokenFile
 
 TINY = ['-m', 'nanomoe.train', 'tiny', '--max_iters=60', '--eval_interval=30', '--checkpoint_interval=30', '--log_interval=1', '--device=cpu']
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -132,7 +134,7 @@ def test_a_stop_leaves_no_trace_in_the_log(alone, tmp_path):
 
 
 def test_another_shape_or_other_data_do_not_continue_a_run(alone, tmp_path):
-    data.write_dataset(data.numbers_documents(20_000, seed=1), tmp_path/'other', 'bytes')
+    data.write_dataset(numbers_documents(20_000, seed=1), tmp_path/'other', 'bytes')
     for change, sentence in (('--n_embd=16', 'holds a run with n_embd=32 (asked for 16)'),
                              ('--top_k=1', 'top_k=2 (asked for 1)'),
                              ('--optimizer=muon', 'optimizer=adamw (asked for muon)'),
@@ -269,5 +271,5 @@ def test_weights_of_a_run_begin_another(alone, tmp_path):
 def test_the_preset_tiny_beats_the_compressors(tmp_path):
     "What README says of it, on the same held-out bytes."
     run([sys.executable, '-m', 'nanomoe.train', 'tiny', '--device=cpu', f'--out_dir={tmp_path}'])
-    entry = data.TokenFile('numbers', 'val').manifest['splits']['val']
+    entry = TokenFile('numbers', 'val').manifest['splits']['val']
     assert log(tmp_path)[-1]['val_bpb'] < 0.9 * min(entry['gzip_bytes'], entry['xz_bytes']) * 8 / entry['bytes']

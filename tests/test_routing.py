@@ -14,7 +14,8 @@ from nanomoe.experts import MoE, activate
 from nanomoe.losses import balance_loss, sequence_balance_loss, total_loss, update_bias
 from nanomoe.model import GPT, flops_per_token, initialise
 from nanomoe.router import Routing, choose, even_shares, make_router
-from nanomoe.train import health, make_optimizer, routing_stats
+from nanomoe.metrics import health, routing_stats
+from nanomoe.optim import make_optimizer
 
 BASE = ModelConfig(n_embd=16, n_head=1, n_experts=6, top_k=2, expert_width=24)
 

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomoe import data, sample
-from nanomoe.config import PRESETS, ModelConfig
+from nanomoe import sample
+from nanomoe.tokenizer import load_tokenizer, make_tokenizer
+from nanomoe.config import ModelConfig
+from nanomoe.presets import PRESETS
 from nanomoe.data import prepare
 from nanomoe.model import GPT
 from nanomoe.sample import Sampling, Step, generate, prompt, rows_compete, stream, texts, unescaped, until_stop
@@ -198,7 +200,7 @@ def test_one_text_per_domain(run, capsys, tmp_path):
     rows = [dict(last, step=1, domain='old'), last, dict(last, domain='digits', ids=last['ids'][3:])]
     (tmp_path/'run'/'samples.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     sample.main([str(tmp_path/'run'), '--device=cpu', '--max_new_tokens=4', '--domains=True'])
-    said, begun = capsys.readouterr().out, data.load_tokenizer(run).decode(last['ids'][1:25])
+    said, begun = capsys.readouterr().out, load_tokenizer(run).decode(last['ids'][1:25])
     assert said.startswith(f'-- numbers '.ljust(40, '-') + '\n' + begun) and 'old' not in said
     assert f'-- digits '.ljust(40, '-') + '\n' + begun[2:] in said
     for words in (['--domains=True', '--start=7'], ['--start_file=x', '--start=7']):
@@ -276,7 +278,7 @@ def test_the_command_stops(say):
 
 
 def test_bytes_of_two_documents_are_never_joined():
-    tokenizer = data.make_tokenizer('bytes', [], 0)
+    tokenizer = make_tokenizer('bytes', [], 0)
     end = tokenizer.eot_token
     assert ''.join(sample.stream(tokenizer, [*b'ab\xe2\x82', end, *b'\xacxy'])) == 'ab\ufffd\n\ufffdxy'
 

@@ -24,6 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanomoe import checkpoint, config, data, train
+from nanomoe.corpora import numbers_documents
+from nanomoe.dataset import TokenFile, n_windows, window_starts
+from nanomoe.files import sealed, sha256
+from nanomoe.metrics import read_log
+from nanomoe.presets import PRESETS
 
 TINY = ['tiny', '--max_iters=60', '--eval_interval=30', '--checkpoint_interval=30', '--log_interval=1', '--device=cpu']
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -62,7 +67,7 @@ def wait_for_line(process, folder: Path, count: int):
 
 
 def untimed(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in ('tok_per_s', 'mfu')} for row in checkpoint.read_log(folder/'log.jsonl')]
+    return [{k: v for k, v in row.items() if k not in ('tok_per_s', 'mfu')} for row in read_log(folder/'log.jsonl')]
 
 
 def assert_equal_runs(one: Path, other: Path):
@@ -80,7 +85,7 @@ def assert_equal_runs(one: Path, other: Path):
 def small(tmp_path_factory) -> Path:
     "A dataset so small that `tiny` reads it almost three times."
     folder = tmp_path_factory.mktemp('data')/'small'
-    data.write_dataset(data.numbers_documents(12_000, lines=20), folder, 'bytes')
+    data.write_dataset(numbers_documents(12_000, lines=20), folder, 'bytes')
     return folder
 
 
@@ -121,7 +126,7 @@ def test_killed_at_random_moments(words, small, whole, tmp_path, seed, soak):
         process = start([*words, f'--out_dir={folder}'], diary)
         if dice.random() < 0.15: time.sleep(dice.random())                            # before the first step
         else:
-            target = len(checkpoint.read_log(folder/'log.jsonl')) + dice.randint(1, 12)
+            target = len(read_log(folder/'log.jsonl')) + dice.randint(1, 12)
             wait_for_line(process, folder, target)
             time.sleep(dice.random() * 0.06)
         process.kill(); process.join()
@@ -129,16 +134,16 @@ def test_killed_at_random_moments(words, small, whole, tmp_path, seed, soak):
             kills += 1
             in_saves += bool(list(folder.glob('.tmp-*')))
             found = checkpoint.load_latest(folder)          # says on stderr what cannot be read
-            redone += len(checkpoint.read_log(folder/'log.jsonl')) - (found.step if found else 0)
+            redone += len(read_log(folder/'log.jsonl')) - (found.step if found else 0)
             continue
         said = diary.with_suffix('.said').read_text()
         assert process.exitcode == 0 and 'Traceback' not in said and 'not what was written' not in said, said
         assert_equal_runs(folder, whole/'run')
         samples = samples_of(diary, range(0, 960, 80))
         assert samples == samples_of(whole/'diary', [])
-        train_split = data.TokenFile(small, 'train')
-        n = data.n_windows(train_split, 32)
-        starts = data.window_starts(np.array(samples), n, 32, 1337)
+        train_split = TokenFile(small, 'train')
+        n = n_windows(train_split, 32)
+        starts = window_starts(np.array(samples), n, 32, 1337)
         for epoch in range(len(samples) // n):              # each window once per epoch, over kills and the epochs' edges
             assert len(set(starts[epoch * n:(epoch + 1) * n])) == n
         assert len(samples) > 2 * n
@@ -218,7 +223,7 @@ def test_a_process_that_alone_meets_bad_data_says_so(words, tmp_path):
 
 def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     "No checkpoint in a streak of skipped updates, though one is due each step; none of weights that a huge rate made infinite."
-    model_cfg, cfg = config.PRESETS['tiny']
+    model_cfg, cfg = PRESETS['tiny']
     cfg = replace(cfg, out_dir=str(tmp_path/'streak'), max_iters=8, checkpoint_interval=1, keep_checkpoints=9, eval_interval=8, device='cpu')
     real = train.micro_batch
     def poisoned(run, number, last):
@@ -464,8 +469,8 @@ def test_preemption(words, two, tmp_path, how):
     if how == 'SIGHUP under nohup': command = ['nohup', *command]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
-    while process.poll() is None and len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < 7: time.sleep(0.005)
-    at = checkpoint.read_log(tmp_path/'run'/'log.jsonl')[-1]['step']
+    while process.poll() is None and len(read_log(tmp_path/'run'/'log.jsonl')) < 7: time.sleep(0.005)
+    at = read_log(tmp_path/'run'/'log.jsonl')[-1]['step']
     if how == 'Ctrl-C': os.killpg(process.pid, signal.SIGINT)           # what a terminal does
     else: process.send_signal(signal.SIGHUP if 'SIGHUP' in how else signal.SIGTERM)
     process.communicate(timeout=90)
@@ -510,7 +515,7 @@ def test_a_machine_that_goes_away(words, whole, tmp_path):
                                        '    return real(run)\n'
                                        'train.update = update\ntrain.main(sys.argv[2:])')
     agents = [agent(True), agent(False)]
-    while len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < 12 and agents[0].poll() is None: time.sleep(0.05)
+    while len(read_log(tmp_path/'run'/'log.jsonl')) < 12 and agents[0].poll() is None: time.sleep(0.05)
     worker = subprocess.run(['pgrep', '-P', str(agents[1].pid)], capture_output=True, text=True, check=True).stdout
     for pid in (agents[1].pid, int(worker)): os.kill(pid, signal.SIGKILL)
     said = agents[0].communicate(timeout=200)[0]
@@ -562,7 +567,7 @@ def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path):
     words = [*TINY, '--max_iters=12', '--checkpoint_interval=5', '--balance=none']
     done = torchrun(program, '3,7', tmp_path/'weights', *words, f'--out_dir={tmp_path}/two')
     assert done.returncode == 0, done.stderr
-    rows = checkpoint.read_log(tmp_path/'two'/'log.jsonl')
+    rows = read_log(tmp_path/'two'/'log.jsonl')
     assert [row['skipped'] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
     assert all(math.isfinite(row['ce']) for row in rows)
     first, second = (torch.load(f'{tmp_path}/weights.{rank}') for rank in (0, 1))
@@ -587,7 +592,7 @@ def test_a_stop_in_a_step_without_end_saves_the_step_before(whole, words, tmp_pa
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--shutdown-timeout=12', tmp_path/'slow.py',
                *words, '--checkpoint_interval=100', f'--out_dir={tmp_path}/run']
     going = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path/'run'/'.lock').exists() or len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < step: time.sleep(0.1)
+    while not (tmp_path/'run'/'.lock').exists() or len(read_log(tmp_path/'run'/'log.jsonl')) < step: time.sleep(0.1)
     time.sleep(1)
     going.terminate()
     going.communicate(timeout=60)
@@ -602,7 +607,7 @@ def test_two_suspended_processes_go_on(words, tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path/'slow.py', *words,
                '--hang_timeout=4', f'--out_dir={tmp_path}/run']
     going = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while len(checkpoint.read_log(tmp_path/'run'/'log.jsonl')) < 3: time.sleep(0.1)
+    while len(read_log(tmp_path/'run'/'log.jsonl')) < 3: time.sleep(0.1)
     all_of_it = [going.pid, *map(int, subprocess.run(['pgrep', '-P', str(going.pid)], capture_output=True, text=True).stdout.split())]
     assert len(all_of_it) >= 3
     for pid in all_of_it: os.kill(pid, signal.SIGSTOP)
@@ -620,17 +625,17 @@ def test_after_a_divergence_the_same_command_goes_on_from_a_sound_checkpoint(wor
     tensors = {name: t * 1e30 for name, t in load_file(newest/'model.safetensors').items()}
     save_file(tensors, newest/'model.safetensors')
     meta = json.loads((newest/'meta.json').read_text())
-    meta['sha256']['model.safetensors'] = checkpoint.sha256(newest/'model.safetensors')
-    (newest/'meta.json').write_text(json.dumps(data.sealed({k: v for k, v in meta.items() if k != 'seal'})))
+    meta['sha256']['model.safetensors'] = sha256(newest/'model.safetensors')
+    (newest/'meta.json').write_text(json.dumps(sealed({k: v for k, v in meta.items() if k != 'seal'})))
     bad = alone(*words, '--max_iters=16', f'--out_dir={folder}')
     assert bad.returncode == 1 and 'the same command goes on from ' in bad.stderr and 'step-00000005' in bad.stderr
     assert (folder/'step-00000010-diverged').exists()
     assert alone(*words, '--max_iters=16', f'--out_dir={folder}').returncode == 0
-    assert checkpoint.load_latest(folder).step == 16 and all(row['ce'] < 6 for row in checkpoint.read_log(folder/'log.jsonl'))
+    assert checkpoint.load_latest(folder).step == 16 and all(row['ce'] < 6 for row in read_log(folder/'log.jsonl'))
 
 
 def test_one_process_does_not_write_one_folder_twice(small, tmp_path):
-    model_cfg, cfg = config.PRESETS['tiny']
+    model_cfg, cfg = PRESETS['tiny']
     cfg = replace(cfg, dataset=str(small), out_dir=str(tmp_path/'run'), log_interval=1, device='cpu')
     first = train.train(model_cfg, cfg)
     next(first)
@@ -643,6 +648,6 @@ def test_one_process_does_not_write_one_folder_twice(small, tmp_path):
 def test_a_file_system_without_locks(small, tmp_path, monkeypatch, capsys):
     def refuse(*_): raise OSError(errno.ENOLCK, 'No locks available')
     monkeypatch.setattr(checkpoint.fcntl, 'flock', refuse)
-    model_cfg, cfg = config.PRESETS['tiny']
+    model_cfg, cfg = PRESETS['tiny']
     cfg = replace(cfg, dataset=str(small), out_dir=str(tmp_path/'run'), max_iters=2, warmup_iters=1, device='cpu')
     assert [*train.train(model_cfg, cfg)][-1].step == 2 and 'cannot be locked (No locks available)' in capsys.readouterr().err

@@ -73,9 +73,9 @@ def test_the_readmes_own_router_works_as_it_says(tmp_path):
         assert ''.join(cell['source']).count(old) == 1
         cell['source'] = ''.join(cell['source']).replace(old, new).splitlines(True)
         path.write_text(json.dumps(found))
-    edit('00_config.ipynb', 'model-config', "'expert_choice', 'hash']", "'expert_choice', 'hash', 'cosine']")
-    edit('03_router.ipynb', 'hash-router', 'def make_router', f'{router}\ndef make_router')
-    edit('03_router.ipynb', 'hash-router', "'hash': HashRouter}", "'hash': HashRouter, 'cosine': CosineRouter}")
+    edit('30_config.ipynb', 'model-config', "'expert_choice', 'hash']", "'expert_choice', 'hash', 'cosine']")
+    edit('01_router.ipynb', 'hash-router', 'def make_router', f'{router}\ndef make_router')
+    edit('01_router.ipynb', 'hash-router', "'hash': HashRouter}", "'hash': HashRouter, 'cosine': CosineRouter}")
     for command in commands.splitlines():
         program, *words = command.split()
         program = [Path(sys.executable).with_name('nbdev_export')] if 'nbdev' in program else [sys.executable]

@@ -19,13 +19,17 @@ from test_original import FIXTURES, Original, worst
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen3MoeConfig
 
-from nanomoe import data, pretrained, sample, train
+from nanomoe import data, huggingface, pretrained, sample, train
 from nanomoe.checkpoint import save
-from nanomoe.config import PRESETS, BadInput, ModelConfig, TrainConfig, parse, to_dict
-from nanomoe.data import END, WORDS, load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
+from nanomoe.command_line import parse
+from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
+from nanomoe.presets import PRESETS
+from nanomoe.tokenizer import END, WORDS, load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 from nanomoe.model import GPT, n_params
-from nanomoe.pretrained import (architecture, export_hf, from_gpt2, hf_tokenizer, initial_weights, load_model, tokenizer_of,
-                                upcycle, vocabulary)
+from nanomoe.huggingface import (GPT2_VOCABULARY, architecture, from_gpt2, from_qwen3, hf_bpe, hf_config,
+                                 hf_tokenizer, qwen3_names, to_qwen3, vocabulary)
+from nanomoe.pretrained import export_hf, initial_weights, load_model, tokenizer_of
+from nanomoe.upcycle import upcycle
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
@@ -146,14 +150,14 @@ def test_a_wrong_weight_would_show(exported, read):
 def test_an_export_that_differs_is_not_published(exported, tmp_path, monkeypatch, tokenizer):
     "transformers has loaded what appears: with q and k swapped nothing does."
     run = run_of(exported['experts'][0], tokenizer, tmp_path/'run')
-    names = pretrained.qwen3_names
+    names = qwen3_names
     def swapped(cfg):
         return {ours: [x.replace('gate_proj', '-').replace('up_proj', 'gate_proj').replace('-', 'up_proj') for x in theirs]
                 for ours, theirs in names(cfg).items()}
-    monkeypatch.setattr(pretrained, 'qwen3_names', swapped)
+    monkeypatch.setattr(huggingface, 'qwen3_names', swapped)
     with pytest.raises(RuntimeError, match='differ'): export_hf(run, tmp_path/'out')
     monkeypatch.undo()
-    described = pretrained.hf_config
+    described = hf_config
     def with_the_librarys_epsilon(*args):                               # the smallest mistake that we know of
         config = described(*args)
         config.rms_norm_eps = 1e-6
@@ -386,11 +390,11 @@ def test_folders_that_hold_no_model_of_ours(tmp_path, exported):
 
 
 def test_a_missing_or_left_over_weight_is_named(exported, tmp_path):
-    tensors = pretrained.to_qwen3(exported['experts'][0])
+    tensors = to_qwen3(exported['experts'][0])
     cfg = exported['experts'][0].cfg
     for change, words in (({'model.norm.weight': None}, 'lack model.norm.weight'), ({'model.extra': torch.ones(1)}, 'hold model.extra')):
         held = {name: t for name, t in (tensors | change).items() if t is not None}
-        with pytest.raises(BadInput, match=words): pretrained.from_qwen3(held, cfg)
+        with pytest.raises(BadInput, match=words): from_qwen3(held, cfg)
 
 
 def test_samples_from_every_kind(exported, tokenizer, tmp_path, capsys):
@@ -548,7 +552,7 @@ def test_gpt2s_vocabulary_is_known_without_fetching_it(gpt2_vocabulary, tmp_path
     (tmp_path/'text.txt').write_text('Experts read what routers send. ' * 50)
     data.prepare(str(tmp_path/'text.txt'), tmp_path/'made', 'gpt2')
     data.prepare(str(tmp_path/'text.txt'), tmp_path/'bytes', 'bytes')
-    assert vocabulary(load_tokenizer(tmp_path/'made')) == pretrained.GPT2_VOCABULARY
+    assert vocabulary(load_tokenizer(tmp_path/'made')) == GPT2_VOCABULARY
     monkeypatch.setattr('tiktoken.get_encoding', None)
     pretrained.check_tokenizer('gpt2', tmp_path/'made')
     with pytest.raises(BadInput, match='has other token ids than the text that gpt2 has learnt from'):
@@ -629,8 +633,8 @@ def test_the_vocabulary_of_what_was_saved_again_is_never_guessed(tokenizer, gpt2
     with pytest.raises(BadInput, match="the vocabulary has no 'Q'"): sample.prompt(chars, 'Q')
     known = tiktoken.get_encoding('gpt2')
     _, folder = gpt2_folder(tmp_path/'gpt2')
-    assert vocabulary(known) == pretrained.GPT2_VOCABULARY
-    theirs = pretrained.hf_bpe(known)
+    assert vocabulary(known) == GPT2_VOCABULARY
+    theirs = hf_bpe(known)
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)         # as OpenAI's model has it on the hub
     theirs.save(str(folder/'tokenizer.json'))
     assert pretrained.own_tokenizer(folder) is None

@@ -218,7 +218,8 @@ def tests(given) -> dict:
 
 def text_of(kind: str, endings: tuple[str, ...], roots: list[Path], limit: int) -> Path:
     "One file of all texts with these endings below the folders, up to so many bytes, in a fixed order of their names."
-    from nanomoe.data import END, in_fixed_order
+    from nanomoe.corpora import in_fixed_order
+    from nanomoe.tokenizer import END
     files = [(str(path.relative_to(root)), path) for root in roots if root.is_dir()
              for path in root.rglob('*') if path.suffix in endings and path.is_file()]
     made, size = HERE/'text'/f'{kind}.txt', 0
@@ -280,7 +281,7 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
     import torch
     from nanomoe.experts import MoE
     from nanomoe.model import head_loss
-    from nanomoe.train import routing_stats
+    from nanomoe.metrics import routing_stats
     cfg, where = model.cfg, model.wte.weight.device
     x = torch.randn(B, cfg.block_size, cfg.n_embd, device=where, requires_grad=True)
     ids = torch.randint(cfg.vocab_size, (B, cfg.block_size), device=where)
@@ -308,7 +309,7 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
 def step(given) -> dict:
     "Training throughput by micro-batch size, cost per layer type, cost of data loading."
     import torch
-    from nanomoe.config import PRESETS
+    from nanomoe.presets import PRESETS
     from nanomoe.parallel import World
     from nanomoe.train import Trainer, peak_flops, update
     dry, where, rows, parts = given.dry, device(given.dry), [], {}
@@ -343,7 +344,7 @@ def throughput(cfg, B: int, compiled: bool, dry: bool, peak: float) -> tuple[dic
     import torch
     from nanomoe.config import TrainConfig
     from nanomoe.model import GPT, flops_per_token
-    from nanomoe.train import make_optimizer
+    from nanomoe.optim import make_optimizer
     torch._dynamo.reset()
     gc.collect()                                                        # compiled models sit in reference cycles
     before = 0 if dry else torch.cuda.memory_allocated()
@@ -393,7 +394,7 @@ def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
 
 def target(given) -> dict:
     "Train three dense models and an MoE for equal time; compare bits per byte."
-    from nanomoe.config import PRESETS
+    from nanomoe.presets import PRESETS
     seconds = 1 if given.dry else 28
     base = dict(vocab_size=512 if given.dry else 8192, block_size=512, n_layer=6, n_head=6, positions='rotary', norm='rmsnorm', qk_norm=True)
     make = lambda C, **experts: shrunk(replace(PRESETS['gpt2'][0], **base, n_embd=C, **experts), given.dry)
@@ -438,9 +439,10 @@ def pretrain(given) -> dict:
 def muon(given) -> dict:
     "Update time of Muon and AdamW, and Muon's share of a step of 491,520 tokens."
     import torch
-    from nanomoe.config import PRESETS, TrainConfig
+    from nanomoe.config import TrainConfig
+    from nanomoe.presets import PRESETS
     from nanomoe.model import GPT
-    from nanomoe.train import make_optimizer
+    from nanomoe.optim import make_optimizer
     rows = []
     for preset in ('nano_moe', 'modern'):
         cfg, B = shrunk(PRESETS[preset][0], given.dry), 2 if given.dry else 12
@@ -468,10 +470,11 @@ def memory(given) -> dict:
     "Lesson 23's memory estimate against the measured peak."
     import torch
     from nanomoe.bench import resident
-    from nanomoe.config import PRESETS, TrainConfig
+    from nanomoe.config import TrainConfig
+    from nanomoe.presets import PRESETS
     from nanomoe.model import GPT
     from nanomoe.sizing import step_bytes
-    from nanomoe.train import make_optimizer
+    from nanomoe.optim import make_optimizer
     rows = []
     nano = PRESETS['nano_moe'][0]
     cases = {'nano_moe': (nano, True), 'nano_moe in float32': (nano, False), '32 experts': (replace(nano, n_experts=32), True), 'modern': (PRESETS['modern'][0], True)}
@@ -498,7 +501,7 @@ def memory(given) -> dict:
 
 def ladder(given) -> dict:
     "`nano_moe` at 10× the learning rate, with none and all of lesson 20's stabilisers."
-    from nanomoe.config import PRESETS
+    from nanomoe.presets import PRESETS
     from nanomoe.train import train
     cfg = shrunk(PRESETS['nano_moe'][0], given.dry)
     if not given.dry: cfg = replace(cfg, vocab_size=8192)

@@ -1,6 +1,6 @@
 """Run notebooks in a real kernel and store their outputs.
 
-    python tools/run_notebooks.py [--flags timing,slow] nbs/03_router.ipynb …
+    python tools/run_notebooks.py [--flags timing,slow] nbs/01_router.ipynb …
 
 Cells that settings.ini's tst_flags mark are left as they are unless their flag is named. Widget state is
 dropped and metadata cleaned, so that running twice on one machine gives the same bytes.
