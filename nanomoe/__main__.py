@@ -11,13 +11,21 @@ import sys
 from .command_line import PROGRAMS, one_sentence, overview, version
 from .config import BadInput, nearest
 
+
 def main(argv: list[str] | None = None):
     "`python -m nanomoe [--version]`: the programs, and how they are started."
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
         wrong = [word for word in argv if word not in ('-h', '--help', '--version')]
-        if wrong and wrong[0] in PROGRAMS: raise BadInput(f'it is started with a dot: python -m nanomoe.{" ".join(argv)}')
-        if wrong: raise BadInput(f'there is no program {wrong[0]}{nearest(wrong[0], PROGRAMS)} (programs: {", ".join(PROGRAMS)})')
+        if wrong and wrong[0] in PROGRAMS:
+            raise BadInput(f'it is started with a dot: python -m nanomoe.{" ".join(argv)}')
+        if wrong:
+            raise BadInput(
+                f'there is no program {wrong[0]}{nearest(wrong[0], PROGRAMS)} (programs: '
+                f'{", ".join(PROGRAMS)})'
+            )
         print(version() if '--version' in argv else overview())
 
-if __name__ == '__main__' and '__file__' in globals(): main()
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()

@@ -16,7 +16,9 @@ from .config import ModelConfig
 # %% ../nbs/06_attention.ipynb #kv-cache
 class KVCache:
     "Keys and values of the positions one attention layer has seen, with room for `size` of them."
-    def __init__(self, size: int): self.size, self.length = size, 0
+
+    def __init__(self, size: int):
+        self.size, self.length = size, 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         "Append k, v (B, H, T, D) and return all there is, (B, H, length, D); raises `ValueError` when full."
@@ -27,22 +29,27 @@ class KVCache:
         here = slice(self.length, self.length + k.size(2))
         self.k[:, :, here], self.v[:, :, here] = k, v
         self.length = here.stop
-        return self.k[:, :, :here.stop], self.v[:, :, :here.stop]
+        return self.k[:, :, : here.stop], self.v[:, :, : here.stop]
 
 # %% ../nbs/06_attention.ipynb #fixed-cache
 class FixedKVCache(KVCache):
-    """Keys and values in shapes that never change: `extend` returns all `size` positions, and `length` is a tensor.
+    """Keys and values in shapes that never change: `extend` returns all `size` positions, and `length` is a
+    tensor.
 
     Whoever writes into it must see to it that there is room: a check would have to wait for the device.
     """
+
     def __init__(self, size: int, device: torch.device):
         self.size, self.k, self.length = size, None, torch.zeros((), dtype=torch.long, device=device)
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        "Write k, v (B, H, T, D) behind what is there and return the room, (B, H, size, D), zeros where it is empty."
+        """Write k, v (B, H, T, D) behind what is there and return the room, (B, H, size, D), zeros where it
+        is empty.
+        """
         if self.k is None:
             self.k, self.v = (t.new_zeros(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
-            for t in (self.k, self.v, self.length): torch._dynamo.mark_static_address(t)  # a CUDA graph may write
+            for t in (self.k, self.v, self.length):
+                torch._dynamo.mark_static_address(t)  # a CUDA graph may write
         here = self.length + torch.arange(k.size(2), device=k.device)
         self.k.index_copy_(2, here, k)
         self.v.index_copy_(2, here, v)
@@ -57,8 +64,8 @@ def rotate(x: Tensor, start: int | Tensor = 0) -> Tensor:
     turned vectors depends on how far apart they stand, not on where.
     """
     T, D = x.shape[-2:]
-    rate = 10_000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)    # (D/2,) radians per position
-    angle = torch.outer((start + torch.arange(T, device=x.device)).float(), rate)           # (T, D/2)
+    rate = 10_000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D/2,) radians per position
+    angle = torch.outer((start + torch.arange(T, device=x.device)).float(), rate)  # (T, D/2)
     cos, sin = angle.cos(), angle.sin()
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
@@ -66,15 +73,18 @@ def rotate(x: Tensor, start: int | Tensor = 0) -> Tensor:
 # %% ../nbs/06_attention.ipynb #causal-self-attention
 class HeadNorm(nn.RMSNorm):
     "RMS norm over the head width D, computed in float32 or better even under autocast."
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
 
 class CausalSelfAttention(nn.Module):
     """Scaled dot-product attention with H heads (1706.03762 eq. 1): a position sees itself and all before it.
 
-    With a cache, x holds only the positions that follow those in the cache. `n_kv_head` heads of keys and values
-    serve H of queries (2305.13245); `qk_norm` gives queries and keys the length √D (2302.05442 §2).
+    With a cache, x holds only the positions that follow those in the cache. `n_kv_head` heads of keys and
+    values serve H of queries (2305.13245); `qk_norm` gives queries and keys the length √D (2302.05442 §2).
     """
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
@@ -85,22 +95,23 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2)     # (B, H + 2·H_kv, T, D)
+        heads = self.c_attn(x).view(B, T, -1, C // self.n_head).transpose(1, 2)  # (B, H + 2·H_kv, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], 1)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary: q, k = (rotate(t, cache.length if cache else 0) for t in (q, k))
-        y = self.attend(q, k, v, cache)                                 # (B, H, T, D)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))             # (B, T, C)
+        if self.rotary:
+            q, k = (rotate(t, cache.length if cache else 0) for t in (q, k))
+        y = self.attend(q, k, v, cache)  # (B, H, T, D)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None) -> Tensor:
         p = self.dropout if self.training else 0.0
-        few = k.size(1) < q.size(1)                                     # each key head serves H / H_kv query heads
+        few = k.size(1) < q.size(1)  # each key head serves H / H_kv query heads
         if cache is None:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=few)
-        k, v = cache.extend(k, v)                                       # (B, H, seen, D)
-        if q.size(2) == 1 and not isinstance(cache, FixedKVCache):      # the newest sees all
+        k, v = cache.extend(k, v)  # (B, H, seen, D)
+        if q.size(2) == 1 and not isinstance(cache, FixedKVCache):  # the newest sees all
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=few)
-        place = cache.length - q.size(2) + torch.arange(q.size(2), device=q.device)            # (T,) of the queries
-        mask = torch.arange(k.size(2), device=q.device) <= place.unsqueeze(1)                  # (T, seen)
+        place = cache.length - q.size(2) + torch.arange(q.size(2), device=q.device)  # (T,) of the queries
+        mask = torch.arange(k.size(2), device=q.device) <= place.unsqueeze(1)  # (T, seen)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=few)

@@ -13,12 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .viz import (curve_points, expert_colour, film_rows, harmless, ink, load_ratio, matplotlib,
-                         routed_rows, spread)
+from nanomoe.viz import (
+    curve_points,
+    expert_colour,
+    film_rows,
+    harmless,
+    ink,
+    load_ratio,
+    matplotlib,
+    routed_rows,
+    spread,
+)
 
 # %% ../nbs/44_board.ipynb #panel
 class Panel(NamedTuple):
     "A chart's place in an SVG picture, in pixels, and the limits of its data."
+
     left: int
     width: int
     xlim: tuple[float, float]
@@ -26,13 +36,17 @@ class Panel(NamedTuple):
     top: int = 28
     height: int = 150
 
-    def across(self, x): return self.left + self.width * (x - self.xlim[0]) / ((self.xlim[1] - self.xlim[0]) or 1)
+    def across(self, x):
+        return self.left + self.width * (x - self.xlim[0]) / ((self.xlim[1] - self.xlim[0]) or 1)
 
-    def down(self, y): return self.top + self.height * (self.ylim[1] - y) / ((self.ylim[1] - self.ylim[0]) or 1)
+    def down(self, y):
+        return self.top + self.height * (self.ylim[1] - y) / ((self.ylim[1] - self.ylim[0]) or 1)
 
     def points(self, x, y) -> str:
         "Data as SVG wants it: pixels `x,y x,y …`."
-        return ' '.join(f'{a:.0f},{d:.1f}' for a, d in zip(self.across(np.asarray(x)), self.down(np.asarray(y))))
+        return ' '.join(
+            f'{a:.0f},{d:.1f}' for a, d in zip(self.across(np.asarray(x)), self.down(np.asarray(y)))
+        )
 
     def axes(self, title: str) -> str:
         "A title, and two axes with round numbers."
@@ -45,8 +59,9 @@ class Panel(NamedTuple):
 # %% ../nbs/44_board.ipynb #svg-words
 def svg_words(x: float, y: float, text: str, anchor: str = 'middle', colour: str = '') -> str:
     "A line of text; `anchor` says which part of it stands at x: start, middle or end."
-    fill = f' fill="{colour}"' if colour else ''                        # else the picture's own
+    fill = f' fill="{colour}"' if colour else ''  # else the picture's own
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"{fill}>{html.escape(harmless(text))}</text>'
+
 
 def round_numbers(low: float, high: float) -> list[float]:
     "Up to six round numbers from low to high."
@@ -59,24 +74,30 @@ def svg_loss(rows: Sequence[dict]) -> str:
     unit, trained, held = curve_points(rows)
     trained, held = spread(trained, 240), spread(held, 60)
     heights = [loss for _, loss in trained + held]
-    if not heights: return svg_words(36, 60, 'no loss is finite', 'start')
+    if not heights:
+        return svg_words(36, 60, 'no loss is finite', 'start')
     panel = Panel(36, 290, (rows[0]['step'], rows[-1]['step']), (min(heights), max(heights)))
     line = panel.points(*np.reshape(trained, (-1, 2)).T)
     dots = [(panel.across(step), panel.down(loss)) for step, loss in held]
-    return (f'<polyline points="{line}" fill="none" stroke="#56B4E9" stroke-width="1.5"/>'
-            + ''.join(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="3.5" fill="#0072B2"/>' for x, y in dots)
-            + panel.axes(f'{unit}: — batch, ● held out'))
+    return (
+        f'<polyline points="{line}" fill="none" stroke="#56B4E9" stroke-width="1.5"/>'
+        + ''.join(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="3.5" fill="#0072B2"/>' for x, y in dots)
+        + panel.axes(f'{unit}: — batch, ● held out')
+    )
 
 # %% ../nbs/44_board.ipynb #svg-film
 def svg_film(rows: Sequence[dict], layer: int) -> str:
     "Each expert's share of a layer's choices over the run, stacked."
     rows = film_rows(rows, 40)
     load, steps = np.array([r['load'][layer] for r in rows], float), np.array([r['step'] for r in rows])
-    share = load / np.maximum(load.sum(1, keepdims=True), 1)                # (rows, E)
-    tops = np.hstack([np.zeros((len(rows), 1)), share.cumsum(1)])           # (rows, E+1)
+    share = load / np.maximum(load.sum(1, keepdims=True), 1)  # (rows, E)
+    tops = np.hstack([np.zeros((len(rows), 1)), share.cumsum(1)])  # (rows, E+1)
     E, panel = load.shape[1], Panel(372, 240, (steps[0], steps[-1]), (0, 1))
     there_and_back = np.concatenate([steps, steps[::-1]])
-    def area(e): return panel.points(there_and_back, np.concatenate([tops[:, e], tops[::-1, e + 1]]))
+
+    def area(e):
+        return panel.points(there_and_back, np.concatenate([tops[:, e], tops[::-1, e + 1]]))
+
     areas = [f'<polygon points="{area(e)}" fill="{expert_colour(e)}"/>' for e in range(E)]
     fair = [f'M{panel.left},{panel.down(e / E):.1f}h{panel.width}' for e in range(1, E)] if E <= 16 else []
     dots = f'<path d="{"".join(fair)}" stroke="#fff" stroke-dasharray="1 3"/>'
@@ -84,6 +105,7 @@ def svg_film(rows: Sequence[dict], layer: int) -> str:
 
 # %% ../nbs/44_board.ipynb #board-load
 _red_blue = [matplotlib.colors.to_hex(c) for c in matplotlib.colormaps['RdBu_r'](np.linspace(0, 1, 65))]
+
 
 def svg_load(load) -> str:
     "Load by layer and expert, in the colours of `ratio_map`."
@@ -93,54 +115,83 @@ def svg_load(load) -> str:
     parts = [svg_words(left, 16, 'load now: row = layer, 1 = fair', 'start')]
     for (i, e), r in np.ndenumerate(ratio):
         x, y, colour = left + e * width, top + i * height, _red_blue[round(32 * min(r, 2))]
-        parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>')
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>'
+        )
         if width > 20 and height > 12:
             parts.append(svg_words(x + width / 2, y + height / 2 + 4, f'{r:.1f}', colour=ink(colour)))
     return ''.join(parts)
+
 
 def board_svg(rows: Sequence[dict], layer: int = 0) -> str:
     "A run so far, as an SVG picture: loss, film of one layer, load of all layers."
     parts = board_parts(rows, layer)
     width, charts = 910 if len(parts) > 1 else 340, ''.join(part for _, _, part in parts)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 204" width="{width}" height="204" {_font} color="#222" '
-            f'style="max-width:100%;height:auto;background:#fff">{charts}</svg>')           # white in a dark theme too
+    # white in a dark theme too
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 204" width="{width}" '
+        f'height="204" {_font} color="#222" '
+        f'style="max-width:100%;height:auto;background:#fff">{charts}</svg>'
+    )
+
 
 _font = 'font-family="sans-serif" font-size="11" fill="currentColor"'
+
 
 def board_parts(rows: Sequence[dict], layer: int) -> list[tuple[int, int, str]]:
     "The charts of a board: where each begins and ends, in pixels from the left, and its SVG."
     routed = routed_rows(rows)
-    return [(0, 336, svg_loss(rows))] + ([(336, 640, svg_film(routed, layer)), (660, 910, svg_load(routed[-1]['load']))] if routed else [])
+    return [(0, 336, svg_loss(rows))] + (
+        [(336, 640, svg_film(routed, layer)), (660, 910, svg_load(routed[-1]['load']))] if routed else []
+    )
+
 
 def board_html(rows: Sequence[dict], layer: int = 0) -> str:
     "The board for a page: charts that fit a narrow window and take the colour of its text."
-    return '<div class="board">' + ''.join(f'<svg viewBox="{left} 0 {right - left} 204" style="flex:1 1 {right - left}px;max-width:{right - left + 30}px" {_font}>{part}</svg>'
-                                           for left, right, part in board_parts(rows, layer)) + '</div>'
+    return (
+        '<div class="board">'
+        + ''.join(
+            f'<svg viewBox="{left} 0 {right - left} 204" style="flex:1 1 '
+            f'{right - left}px;max-width:{right - left + 30}px" {_font}>{part}</svg>'
+            for left, right, part in board_parts(rows, layer)
+        )
+        + '</div>'
+    )
 
 # %% ../nbs/44_board.ipynb #board
 class Board:
     """A live picture of a run: `for r in train(…): board.update(r)`.
 
-    At most four frames a second, and fewer where drawing would take more than a fiftieth of the time. Silent outside
-    IPython. The last frame stays in the page; `draw()` makes it the last record's.
+    At most four frames a second, and fewer where drawing would take more than a fiftieth of the time. Silent
+    outside IPython. The last frame stays in the page; `draw()` makes it the last record's.
     """
+
     def __init__(self, layer: int = 0):
         self.layer, self.rows, self.handle, self.due = layer, [], None, 0.0
 
     def update(self, record):
         "Add a record, or a line of a log, and redraw if it is time."
         row = record if isinstance(record, dict) else record.row()
-        while self.rows and self.rows[-1]['step'] >= row['step']: self.rows.pop()       # a run that went back to a checkpoint
+        while self.rows and self.rows[-1]['step'] >= row['step']:
+            self.rows.pop()  # a run that went back to a checkpoint
         self.rows.append(row)
-        if time.perf_counter() >= self.due: self.draw()
+        if time.perf_counter() >= self.due:
+            self.draw()
 
     def draw(self):
         "Show the picture as it is now."
         from IPython import get_ipython
         from IPython.display import display
-        if get_ipython() is None or not self.rows: return
+
+        if get_ipython() is None or not self.rows:
+            return
         start = time.perf_counter()
-        bundle = {'image/svg+xml': board_svg(self.rows, self.layer), 'text/plain': f'step {self.rows[-1]["step"]}'}
-        if self.handle is None: self.handle = display(bundle, raw=True, display_id=True)
-        else: self.handle.update(bundle, raw=True)
+        bundle = {
+            'image/svg+xml': board_svg(self.rows, self.layer),
+            'text/plain': f'step {self.rows[-1]["step"]}',
+        }
+        if self.handle is None:
+            self.handle = display(bundle, raw=True, display_id=True)
+        else:
+            self.handle.update(bundle, raw=True)
         self.due = (end := time.perf_counter()) + max(0.25, 50 * (end - start))

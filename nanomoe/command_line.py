@@ -15,57 +15,97 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import (BadInput, ModelConfig, TrainConfig, check, check_kinds, check_name, field_names,
-                            nearest, to_dict)
+from nanomoe.config import (
+    BadInput,
+    ModelConfig,
+    TrainConfig,
+    check,
+    check_kinds,
+    check_name,
+    field_names,
+    nearest,
+    to_dict,
+)
 from .files import home, write_whole
 from .presets import PRESETS, PRESET_NOTES, VOCABULARIES, short, total_active
 
 # %% ../nbs/33_command_line.ipynb #one-sentence-code
 def launched_rank() -> int | None:
-    "This process's number among those that torchrun started; None without one. Raises `BadInput` for what is no number."
-    if not (rank := os.environ.get('RANK')): return None                # a cluster may leave an empty one
+    """This process's number among those that torchrun started.
+
+    None without one. Raises `BadInput` for what is no number.
+    """
+    if not (rank := os.environ.get('RANK')):
+        return None  # a cluster may leave an empty one
     if not (rank.isdecimal() and os.environ.get('WORLD_SIZE', '').isdecimal()):
-        raise BadInput(f'RANK and WORLD_SIZE must be set to numbers by torchrun, or not at all, got RANK={rank}')
+        raise BadInput(
+            f'RANK and WORLD_SIZE must be set to numbers by torchrun, or not at all, got RANK={rank}'
+        )
     return int(rank)
 
-EXTRAS = {'data': 'datasets huggingface_hub pyarrow tokenizers tqdm', 'hf': 'transformers', 'lab': 'matplotlib PIL IPython ipywidgets', 'wandb': 'wandb'}
+
+EXTRAS = {
+    'data': 'datasets huggingface_hub pyarrow tokenizers tqdm',
+    'hf': 'transformers',
+    'lab': 'matplotlib PIL IPython ipywidgets',
+    'wandb': 'wandb',
+}
+
 
 def what_to_install(module: str | None) -> str | None:
-    "A sentence on the extra that brings a module that is not installed; None for a module that no extra brings."
+    """A sentence on the extra that brings a module that is not installed.
+
+    None for a module that no extra brings.
+    """
     package = (module or '').split('.')[0]
     for extra, packages in EXTRAS.items():
-        where = f"-e '.[{extra}]'" if (home()/'settings.ini').exists() else f"'nanomoe[{extra}]'"
-        if package in packages.split(): return f'this command needs the package {package}; install it with: pip install {where}'
+        where = f"-e '.[{extra}]'" if (home() / 'settings.ini').exists() else f"'nanomoe[{extra}]'"
+        if package in packages.split():
+            return f'this command needs the package {package}; install it with: pip install {where}'
+
 
 @contextmanager
 def one_sentence():
-    """What every program runs in: on `BadInput`, or without a package of an extra, it ends with exit code 2 and the sentence alone.
+    """What every program runs in: on `BadInput`, or without a package of an extra, it ends with exit code 2
+    and the sentence alone.
 
-    Nor does a terminal that lacks a character, a closed output, a reader that has gone (`| head`) or Ctrl-C end it in a
-    traceback. Of many processes the first speaks at once. Another waits five seconds: if the first has said it too, the
-    launcher has ended the other by then.
+    Nor does a terminal that lacks a character, a closed output, a reader that has gone (`| head`) or Ctrl-C
+    end it in a traceback. Of many processes the first speaks at once. Another waits five seconds: if the
+    first has said it too, the launcher has ended the other by then.
     """
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))     # as daemons are started
-        elif hasattr(getattr(sys, name), 'reconfigure'): getattr(sys, name).reconfigure(errors='replace')
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # as daemons are started
+        elif hasattr(getattr(sys, name), 'reconfigure'):
+            getattr(sys, name).reconfigure(errors='replace')
     try:
         yield
         sys.stdout.flush()
-    except KeyboardInterrupt: sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
-        sys.exit(141)                                                   # as SIGPIPE would have ended it
+        sys.exit(141)  # as SIGPIPE would have ended it
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.ENAMETOOLONG): raise
-        if e.filename is None: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if e.errno not in (errno.ENOSPC, errno.ENAMETOOLONG):
+            raise
+        if e.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         refuse(f'{e.strerror}: {str(e.filename or "what is to be written here")[:200]}')
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)): raise
-        refuse(f'there is not enough memory for this ({str(e).splitlines()[0][:200] if str(e) else "MemoryError"})')
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
+            raise
+        refuse(
+            'there is not enough memory for this '
+            f'({str(e).splitlines()[0][:200] if str(e) else "MemoryError"})'
+        )
     except (BadInput, ModuleNotFoundError) as e:
-        if not (sentence := str(e) if isinstance(e, BadInput) else what_to_install(e.name)): raise
-        if os.environ.get('RANK') not in (None, '', '0'): time.sleep(5)
+        if not (sentence := str(e) if isinstance(e, BadInput) else what_to_install(e.name)):
+            raise
+        if os.environ.get('RANK') not in (None, '', '0'):
+            time.sleep(5)
         refuse(sentence)
+
 
 def refuse(sentence: str):
     "End the program with the sentence and exit code 2."
@@ -73,65 +113,97 @@ def refuse(sentence: str):
     print(sentence, file=sys.stderr, flush=True)
     sys.exit(2)
 
+
 def tell_launcher(words: str):
     "Have torchrun's report of a failed process end with these words instead of advice on its settings."
-    if not (path := os.environ.get('TORCHELASTIC_ERROR_FILE')): return
+    if not (path := os.environ.get('TORCHELASTIC_ERROR_FILE')):
+        return
     note = json.dumps({'message': {'message': words, 'extraInfo': {'timestamp': str(int(time.time()))}}})
-    with suppress(OSError): write_whole(Path(path), note)               # a full disk: the words have been printed
+    with suppress(OSError):
+        write_whole(Path(path), note)  # a full disk: the words have been printed
 
 # %% ../nbs/33_command_line.ipynb #start-from
 TABLES = {'model': ModelConfig, 'train': TrainConfig}
 
+
 def starting_point(word: str) -> tuple[ModelConfig, TrainConfig, list[str]]:
-    """The configurations that the first word of a command line names, and the options its file sets to other than their defaults.
+    """The configurations that the first word of a command line names, and the options its file sets to other
+    than their defaults.
 
     A preset's name, or a .toml or .json file of knobs whose optional `preset` key names what it changes.
     """
-    if word in PRESETS: return *PRESETS[word], []
+    if word in PRESETS:
+        return *PRESETS[word], []
     path = Path(word)
     if path.suffix not in ('.toml', '.json'):
         raise BadInput(f'there is no preset {word}{nearest(word, PRESETS)} (presets: {", ".join(PRESETS)})')
-    try: values = tomllib.loads(path.read_text()) if path.suffix == '.toml' else json.loads(path.read_text())
-    except OSError as e: raise BadInput(f'{word} cannot be read: {e.strerror}') from None
-    except (ValueError, RecursionError) as e: raise BadInput(f'{word} is not valid {path.suffix[1:]}: {e}') from None
+    try:
+        values = tomllib.loads(path.read_text()) if path.suffix == '.toml' else json.loads(path.read_text())
+    except OSError as e:
+        raise BadInput(f'{word} cannot be read: {e.strerror}') from None
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f'{word} is not valid {path.suffix[1:]}: {e}') from None
     if not isinstance(values, dict):
         raise BadInput(f'{word} must hold one table of knobs, got a {type(values).__name__}')
     base = values.pop('preset', None)
     if base is not None and str(base) not in PRESETS:
         raise BadInput(f'{word} names the preset {base}, which does not exist{nearest(str(base), PRESETS)}')
     model, train = PRESETS[base] if base else (ModelConfig(), TrainConfig(out_dir=f'out/{path.stem}'))
-    try: flat = flattened(values)
-    except BadInput as e: raise BadInput(f'{word}: {e}') from None
-    model, train = (replace(cfg, **{n: v for n, v in flat.items() if hasattr(cfg, n)}) for cfg in (model, train))
-    try: check_kinds(model), check_kinds(train)
-    except BadInput as e: raise BadInput(f'{word}: {e}') from None
+    try:
+        flat = flattened(values)
+    except BadInput as e:
+        raise BadInput(f'{word}: {e}') from None
+    model, train = (
+        replace(cfg, **{n: v for n, v in flat.items() if hasattr(cfg, n)}) for cfg in (model, train)
+    )
+    try:
+        check_kinds(model), check_kinds(train)
+    except BadInput as e:
+        raise BadInput(f'{word}: {e}') from None
     defaults = to_dict(ModelConfig(), TrainConfig())
     return model, train, [name for name, value in flat.items() if value != defaults[name]]
 
+
 def flattened(values: dict) -> dict:
-    "A file's options, in tables or not, as one flat dictionary; raises `BadInput` for a name or a table that does not exist."
+    """A file's options, in tables or not, as one flat dictionary.
+
+    Raises `BadInput` for a name or a table that does not exist.
+    """
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict) and key not in TABLES and key not in field_names():
             raise BadInput(f'there is no table [{key}]{nearest(key, TABLES)} (tables: [model], [train])')
         for name, v in value.items() if key in TABLES and isinstance(value, dict) else [(key, value)]:
             name = name.replace('-', '_')
-            if key in TABLES: check_place(name, key)
-            elif name not in field_names(): raise BadInput(f'there is no option {name}{nearest(name, field_names())}')
-            if name in flat: raise BadInput(f'{name} is set twice')
+            if key in TABLES:
+                check_place(name, key)
+            elif name not in field_names():
+                raise BadInput(f'there is no option {name}{nearest(name, field_names())}')
+            if name in flat:
+                raise BadInput(f'{name} is set twice')
             flat[name] = None if v == 'None' else v
     return flat
 
+
 def check_place(name: str, table: str):
     "Raise `BadInput` unless the option `name` belongs in this table of a file."
-    if name == 'preset': raise BadInput(f'preset must stand above all tables, got it in [{table}]')
-    if name in field_names(TABLES[table]): return
+    if name == 'preset':
+        raise BadInput(f'preset must stand above all tables, got it in [{table}]')
+    if name in field_names(TABLES[table]):
+        return
     other = next((t for t in TABLES if name in field_names(TABLES[t])), None)
-    raise BadInput(f'{name} belongs in [{other}], got it in [{table}]' if other else
-                   f'there is no option {name} in [{table}]{nearest(name, field_names(TABLES[table]))}')
+    raise BadInput(
+        f'{name} belongs in [{other}], got it in [{table}]'
+        if other
+        else f'there is no option {name} in [{table}]{nearest(name, field_names(TABLES[table]))}'
+    )
+
 
 def as_toml(model: ModelConfig, train: TrainConfig) -> str:
-    "Settings as a .toml file that gives the same settings again; what is None by default is a comment, as TOML has no None."
+    """Settings as a .toml file that gives the same settings again.
+
+    What is None by default is a comment, as TOML has no None.
+    """
     lines = []
     for table, cfg in (('model', model), ('train', train)):
         lines += [f'[{table}]']
@@ -142,14 +214,19 @@ def as_toml(model: ModelConfig, train: TrainConfig) -> str:
 
 # %% ../nbs/33_command_line.ipynb #parse
 def from_command_line(cls, default, argv: list[str], program: str):
-    "`tyro` over a dataclass, with nanoGPT's `--flag=True`, `--help` and `--version`; its complaints become one `BadInput` sentence."
+    """`tyro` over a dataclass, with nanoGPT's `--flag=True`, `--help` and `--version`.
+
+    Its complaints become one `BadInput` sentence.
+    """
     import tyro
+
     if '--version' in argv:
         print(version())
         sys.exit()
-    for word in argv: check_word(word, option_names(cls))
+    for word in argv:
+        check_word(word, option_names(cls))
     flags = tyro.conf.FlagConversionOff[tyro.conf.OmitArgPrefixes[cls]]
-    said, plain = io.StringIO(), io.StringIO()                  # no terminal, so no colours and no boxes
+    said, plain = io.StringIO(), io.StringIO()  # no terminal, so no colours and no boxes
     try:
         with redirect_stdout(plain), redirect_stderr(said):
             return tyro.cli(flags, default=default, args=argv, use_underscores=True)
@@ -157,54 +234,84 @@ def from_command_line(cls, default, argv: list[str], program: str):
         if not e.code:
             print(help_text(program, plain.getvalue()))
             raise
-        sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', said.getvalue())[1]    # between title and next rule
+        sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', said.getvalue())[1]  # between title and next rule
         hint = '; weights to begin from are named by --init_from' if "'--init'" in sentence else ''
         raise BadInput(' '.join(sentence.split()) + hint) from None
 
+
 def option_names(cls) -> list[str]:
     "The options that a dataclass of settings has, with those of the dataclasses in it."
-    return [name for f in dataclasses.fields(cls) for name in (option_names(f.type) if dataclasses.is_dataclass(f.type) else [f.name])]
+    return [
+        name
+        for f in dataclasses.fields(cls)
+        for name in (option_names(f.type) if dataclasses.is_dataclass(f.type) else [f.name])
+    ]
+
 
 def check_word(word: str, names: list[str]):
     "Raise `BadInput` for an option that does not exist, and for one without its two hyphens."
     bare = word.lstrip('-–—').split('=')[0]
-    name, hyphens = bare.replace('-', '_'), word[:len(word) - len(word.lstrip('-–—'))]
-    if hyphens == '--' and name not in ('help', 'version'): check_name(name, names)
+    name, hyphens = bare.replace('-', '_'), word[: len(word) - len(word.lstrip('-–—'))]
+    if hyphens == '--' and name not in ('help', 'version'):
+        check_name(name, names)
     elif hyphens != '--' and name in names and (hyphens or '=' in word):
         raise BadInput(f'an option begins with two hyphens: --{word.lstrip("-–—")}')
 
+
 def subcommand(argv: list[str], kinds, program: str) -> str:
-    "The first word, which must be one of `kinds`; empty where help or the version is asked for. Raises `BadInput` with the usage."
-    if {'-h', '--help', '--version'} & set(argv): return argv[0] if argv[0] in kinds else ''
-    if argv and argv[0] in kinds: return argv[0]
-    wrong = f'there is no {program} {argv[0]}{nearest(argv[0], kinds)}' if argv else f'say what {program} is to do'
+    """The first word, which must be one of `kinds`.
+
+    Empty where help or the version is asked for. Raises `BadInput` with the usage.
+    """
+    if {'-h', '--help', '--version'} & set(argv):
+        return argv[0] if argv[0] in kinds else ''
+    if argv and argv[0] in kinds:
+        return argv[0]
+    wrong = (
+        f'there is no {program} {argv[0]}{nearest(argv[0], kinds)}'
+        if argv
+        else f'say what {program} is to do'
+    )
     raise BadInput(f'{wrong} ({", ".join(kinds)}; python -m nanomoe.{program} --help shows examples)')
 
 # %% ../nbs/33_command_line.ipynb #parse-preset
 @dataclass(frozen=True)
 class CommandLine:
     "Train a GPT, dense or with experts"
+
     model: ModelConfig
     train: TrainConfig
     print_config: bool = False  # print all settings as a .toml file and stop
-    dry_run: bool = False  # say what the run would need, memory and hours among it, and stop; nothing is written
+    # say what the run would need, memory and hours among it, and stop; nothing is written
+    dry_run: bool = False
+
 
 class Command(NamedTuple):
     "A command line of `nanomoe.train`, read and checked"
+
     model: ModelConfig
     train: TrainConfig
-    given: list[str]        # options named by a word, or set by a file to other than the default
+    given: list[str]  # options named by a word, or set by a file to other than the default
     dry_run: bool = False
 
+
 def words_first(argv: list[str]) -> list[str]:
-    "The same command line, its words before its options; an option takes the word after it, unless it has a = or needs no value."
+    """The same command line, its words before its options.
+
+    An option takes the word after it, unless it has a = or needs no value.
+    """
     words, options, rest = [], [], iter(argv)
     for word in rest:
-        if not word.startswith('-'): words.append(word)
-        elif word.replace('-', '_') in ('__print_config', '__dry_run'): options.append(word + '=True')
-        elif '=' in word or word in ('-h', '--help', '--version'): options.append(word)
-        else: options += [word, *itertools.islice(rest, 1)]
+        if not word.startswith('-'):
+            words.append(word)
+        elif word.replace('-', '_') in ('__print_config', '__dry_run'):
+            options.append(word + '=True')
+        elif '=' in word or word in ('-h', '--help', '--version'):
+            options.append(word)
+        else:
+            options += [word, *itertools.islice(rest, 1)]
     return words + options
+
 
 def read_command(argv: list[str]) -> Command:
     """`[PRESET | run.toml | config.json] --knob value …`, checked; raises `BadInput`.
@@ -215,16 +322,23 @@ def read_command(argv: list[str]) -> Command:
     argv = words_first(argv)
     words = list(itertools.takewhile(lambda word: not word.startswith('-'), argv))
     for word in [word.lstrip('–—') for word in words]:
-        if '=' in word or word in names: raise BadInput(f'an option begins with two hyphens: --{word}')
-    if words: model, train, given = starting_point(words[0])
-    if words[1:]: raise BadInput(f'one preset or file is taken, got {words[0]} and {words[1]}; a file may begin with preset = "NAME"')
-    run = from_command_line(CommandLine, CommandLine(model, train), argv[len(words):], 'train')
+        if '=' in word or word in names:
+            raise BadInput(f'an option begins with two hyphens: --{word}')
+    if words:
+        model, train, given = starting_point(words[0])
+    if words[1:]:
+        raise BadInput(
+            f'one preset or file is taken, got {words[0]} and {words[1]}; a file may begin with preset = '
+            '"NAME"'
+        )
+    run = from_command_line(CommandLine, CommandLine(model, train), argv[len(words) :], 'train')
     check(run.model, run.train)
     if run.print_config:
         print(as_toml(run.model, run.train))
         sys.exit()
     given += [word[2:].split('=')[0].replace('-', '_') for word in argv if word.startswith('--')]
     return Command(run.model, run.train, given, run.dry_run)
+
 
 def parse(argv: list[str]) -> tuple[ModelConfig, TrainConfig]:
     "The two configurations of a command line."
@@ -233,72 +347,125 @@ def parse(argv: list[str]) -> tuple[ModelConfig, TrainConfig]:
 # %% ../nbs/33_command_line.ipynb #programs
 class Program(NamedTuple):
     "What the help of a program begins with"
+
     usage: str
     what: str
     examples: str
 
+
 PROGRAMS = {
-    'data': Program("""SOURCE... [--OPTION VALUE ...]
+    'data': Program(
+        """SOURCE... [--OPTION VALUE ...]
        python -m nanomoe.data check FOLDER...
 
 SOURCE is a name (onboard, numbers, shakespeare, shakespeare_char,
 shakespeare_gpt2, openwebtext, fineweb-edu, fineweb10B-gpt2), a file, a folder,
-or a dataset of the Hugging Face hub.""", 'turn text into a dataset folder', """
+or a dataset of the Hugging Face hub.""",
+        'turn text into a dataset folder',
+        """
   python -m nanomoe.data onboard                # text of this machine, ~8 MB
   python -m nanomoe.data notes/ book.txt --out data/mine
   python -m nanomoe.data 'crawl/*.parquet' code/ --weights 7,3 --out data/mix
   python -m nanomoe.data roneneldan/TinyStories --tokenizer gpt2
-  python -m nanomoe.data check data/mine        # every byte as it was written?"""),
-    'train': Program('[PRESET | FILE] [--OPTION VALUE ...]\n\nFILE is a .toml or .json file of options: configs/*.toml, or any config.json.', 'train a GPT, dense or with experts', """
+  python -m nanomoe.data check data/mine        # every byte as it was written?""",
+    ),
+    'train': Program(
+        '[PRESET | FILE] [--OPTION VALUE ...]\n\nFILE is a .toml or .json file of options: '
+        'configs/*.toml, or any config.json.',
+        'train a GPT, dense or with experts',
+        """
   python -m nanomoe.train tiny                  # seconds: does it work here?
   python -m nanomoe.train onboard --max_iters 5000 --out_dir out/long
   python -m nanomoe.train onboard --dry_run     # memory, tokens, hours; no run
   python -m nanomoe.train configs/own_text.toml --learning_rate 3e-3
   torchrun --standalone --nproc_per_node=8 -m nanomoe.train nano_moe
 
-The same command again continues the run in --out_dir from its last checkpoint."""),
-    'sample': Program('RUN [--OPTION VALUE ...]\n\nRUN is the folder of a run or of one step, gpt2 to gpt2-xl, a folder of\n'
-                      'transformers, or a ckpt.pt.', 'let a trained model write', """
+The same command again continues the run in --out_dir from its last checkpoint.""",
+    ),
+    'sample': Program(
+        'RUN [--OPTION VALUE ...]\n\nRUN is the folder of a run or of one step, gpt2 to gpt2-xl, a '
+        'folder of\n'
+        'transformers, or a ckpt.pt.',
+        'let a trained model write',
+        """
   python -m nanomoe.sample out/onboard --start "def main("
   python -m nanomoe.sample out/onboard --num_samples 4 --temperature 0.7
-  python -m nanomoe.sample gpt2 --start "The experts" --stop "\\n\\n\""""),
-    'viz': Program("""{experts,curve,report} RUN [--out FILE]
+  python -m nanomoe.sample gpt2 --start "The experts" --stop "\\n\\n\"""",
+    ),
+    'viz': Program(
+        """{experts,curve,report} RUN [--out FILE]
        python -m nanomoe.viz watch RUN [--port N] [--open=False]
-       python -m nanomoe.viz model PRESET [--out FILE]""", 'draw a run, or a model; watch a run live', """
+       python -m nanomoe.viz model PRESET [--out FILE]""",
+        'draw a run, or a model; watch a run live',
+        """
   python -m nanomoe.viz watch out/onboard       # in the browser, as it trains
   python -m nanomoe.viz report out/onboard      # one HTML page
   python -m nanomoe.viz experts out/onboard     # load of each expert, as a PNG
-  python -m nanomoe.viz model nano_moe"""),
-    'bench': Program('{layer,step,scale,write,data} [--OPTION ...]', 'time a mixture beside its dense twin', """
+  python -m nanomoe.viz model nano_moe""",
+    ),
+    'bench': Program(
+        '{layer,step,scale,write,data} [--OPTION ...]',
+        'time a mixture beside its dense twin',
+        """
   python -m nanomoe.bench layer                 # one layer of experts
   python -m nanomoe.bench step --preset modern  # a whole training step
-  python -m nanomoe.bench write --batch_size 8  # sampling"""),
-    'pretrained': Program('export RUN DIR [--to hf]', 'write a model for transformers', """
-  python -m nanomoe.pretrained export out/modern modern-hf"""),
+  python -m nanomoe.bench write --batch_size 8  # sampling""",
+    ),
+    'pretrained': Program(
+        'export RUN DIR [--to hf]',
+        'write a model for transformers',
+        """
+  python -m nanomoe.pretrained export out/modern modern-hf""",
+    ),
 }
+
 
 def version() -> str:
     "This package and the torch under it."
     from nanomoe import __version__
-    return f'nanomoe {__version__}, torch {importlib.metadata.version("torch")}, Python {sys.version.split()[0]}'
+
+    return (
+        f'nanomoe {__version__}, torch {importlib.metadata.version("torch")}, Python {sys.version.split()[0]}'
+    )
+
 
 def help_text(program: str, options: str) -> str:
     "What `--help` of a program prints, given what `tyro` says of its options."
     p = PROGRAMS[program]
     shown = [f'usage: python -m nanomoe.{program} {p.usage}', f'{p.what[0].upper()}{p.what[1:]}.']
-    if program == 'train': shown += ['presets, with all and active parameters:\n' + '\n'.join(preset_lines())]
-    options = '\n'.join(line.rstrip() for line in options[options.index('\n options '):].splitlines())
+    if program == 'train':
+        shown += ['presets, with all and active parameters:\n' + '\n'.join(preset_lines())]
+    options = '\n'.join(line.rstrip() for line in options[options.index('\n options ') :].splitlines())
     return '\n\n'.join([*shown, 'examples:' + p.examples, options.strip('\n')])
 
+
 def preset_lines() -> list[str]:
-    "Name, parameters and purpose of each preset; sizes are those with the vocabulary that its dataset usually has."
+    """Name, parameters and purpose of each preset.
+
+    Sizes are those with the vocabulary that its dataset usually has.
+    """
     sizes = {name: total_active(m, VOCABULARIES.get(t.dataset, 4096)) for name, (m, t) in PRESETS.items()}
-    return [f'  {name:20} {short(total):>5} {short(active) if active < total else "":>5}  {PRESET_NOTES[name]}'
-            for name, (total, active) in sizes.items()]
+    return [
+        f'  {name:20} {short(total):>5} {short(active) if active < total else "":>5}  {PRESET_NOTES[name]}'
+        for name, (total, active) in sizes.items()
+    ]
+
 
 def overview() -> str:
     "What `python -m nanomoe` prints."
     lines = [f'  python -m nanomoe.{name:11} {p.what}' for name, p in PROGRAMS.items()]
-    return '\n'.join([version(), '', 'Mixture-of-experts language models. The programs, each with --help:', '', *lines, '', 'To begin:', '',
-                      '  python -m nanomoe.train tiny            # train a small one, in seconds', '  python -m nanomoe.sample out/tiny       # let it write',
-                      '  python -m nanomoe.viz report out/tiny   # see what its experts do'])
+    return '\n'.join(
+        [
+            version(),
+            '',
+            'Mixture-of-experts language models. The programs, each with --help:',
+            '',
+            *lines,
+            '',
+            'To begin:',
+            '',
+            '  python -m nanomoe.train tiny            # train a small one, in seconds',
+            '  python -m nanomoe.sample out/tiny       # let it write',
+            '  python -m nanomoe.viz report out/tiny   # see what its experts do',
+        ]
+    )

@@ -16,24 +16,31 @@ from typing import Literal
 @dataclass(frozen=True)
 class ModelConfig:
     "What the network is made of, and how its losses are formed"
+
     block_size: int = 1024  # T: positions the model can see at once
     vocab_size: int | None = None  # V: entries of the vocabulary; None takes it from the dataset
     n_layer: int = 12  # blocks, one after the other
     n_head: int = 12  # H: attention heads; n_embd must be a multiple of it
     n_kv_head: int | None = None  # key and value heads, shared by groups of query heads; None is n_head
     n_embd: int = 768  # C: width of the residual stream
-    positions: Literal['learned', 'rotary'] = 'learned'  # a learnt vector each as in GPT-2, or turned queries and keys
+    # a learnt vector each as in GPT-2, or turned queries and keys
+    positions: Literal['learned', 'rotary'] = 'learned'
     qk_norm: bool = False  # RMS norm of each query and key, so that attention's scores cannot grow
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # rmsnorm neither centres nor has a bias
-    dropout: float = 0.0  # chance of zeroing an activation in training; 0 for pretraining, 0.1 and up for finetuning
+    # chance of zeroing an activation in training; 0 for pretraining, 0.1 and up for finetuning
+    dropout: float = 0.0
     bias: bool = False  # biases in linear layers, experts and layer norms, as GPT-2 has them
-    activation: Literal['gelu', 'gelu_tanh', 'swiglu'] = 'gelu'  # gelu_tanh as in GPT-2; swiglu has a third matrix
+    # gelu_tanh as in GPT-2; swiglu has a third matrix
+    activation: Literal['gelu', 'gelu_tanh', 'swiglu'] = 'gelu'
     n_experts: int = 1  # E: experts per MoE layer; 1 is a dense GPT
     top_k: int = 2  # K: experts each token visits
     moe_every: int = 2  # layers 0, n, 2n, … get experts, the others an ordinary MLP
-    expert_width: int | None = None  # F: hidden width of one expert, or of a dense model's MLPs; None is 4 * n_embd
-    n_shared_experts: int = 0  # experts that every token visits besides its K, as one MLP of their joint width
-    router: Literal['softmax', 'noisy', 'sigmoid', 'expert_choice', 'hash'] = 'softmax'  # how experts are scored and chosen
+    # F: hidden width of one expert, or of a dense model's MLPs; None is 4 * n_embd
+    expert_width: int | None = None
+    # experts that every token visits besides its K, as one MLP of their joint width
+    n_shared_experts: int = 0
+    # how experts are scored and chosen
+    router: Literal['softmax', 'noisy', 'sigmoid', 'expert_choice', 'hash'] = 'softmax'
     jitter: float = 0.0  # the router's input is multiplied by up to 1 ± jitter in training
     gates: Literal['all', 'chosen'] = 'all'  # softmax over all experts, or renormalised over the chosen K
     router_float32: bool = True  # compute the router in float32 even under autocast
@@ -41,9 +48,12 @@ class ModelConfig:
     eval_capacity_factor: float | None = None  # the same when not training
     min_capacity: int = 4  # shortest queue
     capacity_over: Literal['micro_batch', 'sequence'] = 'micro_batch'  # which tokens share a queue
-    priority: Literal['choice', 'token', 'gate'] = 'choice'  # who is first in it: first choices, early tokens, large gates
+    # who is first in it: first choices, early tokens, large gates
+    priority: Literal['choice', 'token', 'gate'] = 'choice'
     balance: Literal['none', 'switch', 'nano_moe', 'sequence', 'bias'] = 'switch'  # what evens out the load
-    balance_over: Literal['micro_batch', 'global'] = 'micro_batch'  # whose choices are to be even: global is those of the whole step, for a forward pass more where micro-batches are accumulated
+    # whose choices are to be even: global is those of the whole step, for a forward pass more where
+    # micro-batches are accumulated
+    balance_over: Literal['micro_batch', 'global'] = 'micro_batch'
     bias_rate: float = 0.001  # step of balance='bias', which moves a bias on the choice and adds no loss
     balance_weight: float = 0.01  # weight of the balance loss, summed over layers
     z_weight: float = 0.001  # weight of the router z-loss, summed over layers
@@ -54,9 +64,11 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     "One run: its data, its schedule, its machine"
+
     out_dir: str = 'out/run'  # folder of the run; a folder that holds a run is continued
     dataset: str = 'onboard'  # prepared folder, by path or by its name under data/
-    init_from: str = 'scratch'  # scratch, a run's folder, gpt2 to gpt2-xl, a folder of transformers, or a ckpt.pt
+    # scratch, a run's folder, gpt2 to gpt2-xl, a folder of transformers, or a ckpt.pt
+    init_from: str = 'scratch'
     max_iters: int = 600000  # optimiser steps
     batch_size: int = 12  # B: rows per micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches per step, over all processes together
@@ -78,10 +90,12 @@ class TrainConfig:
     keep_checkpoints: int = 2  # how many of the newest are kept, beside the best
     allow_changed: str | None = None  # knobs that a continued run may have anew, such as top_k,balance
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; auto is bfloat16 if supported
+    # of matrix products; auto is bfloat16 if supported
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
     backend: str = 'auto'  # of torch.distributed; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere
-    deterministic: bool = False  # bitwise-reproducible runs on CUDA, with slower algorithms; no effect needed on a CPU
+    # bitwise-reproducible runs on CUDA, with slower algorithms; no effect needed on a CPU
+    deterministic: bool = False
     hang_timeout: int = 600  # seconds without progress after which processes end; 0 waits for ever
     seed: int = 1337  # of weights, batches, dropout and noise
     tracker: Literal['none', 'wandb'] = 'none'  # where records go besides log.jsonl
@@ -92,16 +106,36 @@ class BadInput(ValueError):
     "The user's input breaks a rule; the message is one sentence with the knob, the rule and the value."
 
 # %% ../nbs/30_config.ipynb #check-name
-OTHER_NAMES = {                                                             # of nanoGPT's relatives, transformers, and papers
-    'max_iters': 'epochs steps iters max_steps num_steps train_steps num_epochs num_train_epochs', 'learning_rate': 'lr max_lr',
-    'batch_size': 'bs micro_batch micro_batch_size per_device_train_batch_size', 'weight_decay': 'wd', 'min_lr': 'final_lr',
-    'block_size': 'ctx n_ctx context context_length seq_len seq_length sequence_length max_seq_len n_positions', 'seed': 'random_state',
-    'out_dir': 'resume continue resume_from output output_dir save_dir folder', 'init_from': 'load weights pretrained ckpt checkpoint finetune',
-    'n_embd': 'd_model dim hidden_size width', 'n_layer': 'depth blocks', 'expert_width': 'd_ff ffn_dim intermediate_size hidden_dim',
-    'n_experts': 'num_local_experts moe', 'top_k': 'k num_experts_per_tok', 'balance_weight': 'aux_loss aux_loss_weight load_balancing',
-    'z_weight': 'z_loss router_z_loss', 'eval_interval': 'eval_every eval_steps', 'checkpoint_interval': 'save_interval save_every save_steps',
-    'log_interval': 'log_every logging_steps', 'tracker': 'wandb wandb_log report_to', 'grad_clip': 'max_grad_norm', 'dtype': 'precision amp',
-    'max_new_tokens': 'length tokens', 'num_samples': 'n', 'held_out': 'val split val_split', 'start': 'prompt'}
+OTHER_NAMES = {  # of nanoGPT's relatives, transformers, and papers
+    'max_iters': 'epochs steps iters max_steps num_steps train_steps num_epochs num_train_epochs',
+    'learning_rate': 'lr max_lr',
+    'batch_size': 'bs micro_batch micro_batch_size per_device_train_batch_size',
+    'weight_decay': 'wd',
+    'min_lr': 'final_lr',
+    'block_size': 'ctx n_ctx context context_length seq_len seq_length sequence_length max_seq_len '
+    'n_positions',
+    'seed': 'random_state',
+    'out_dir': 'resume continue resume_from output output_dir save_dir folder',
+    'init_from': 'load weights pretrained ckpt checkpoint finetune',
+    'n_embd': 'd_model dim hidden_size width',
+    'n_layer': 'depth blocks',
+    'expert_width': 'd_ff ffn_dim intermediate_size hidden_dim',
+    'n_experts': 'num_local_experts moe',
+    'top_k': 'k num_experts_per_tok',
+    'balance_weight': 'aux_loss aux_loss_weight load_balancing',
+    'z_weight': 'z_loss router_z_loss',
+    'eval_interval': 'eval_every eval_steps',
+    'checkpoint_interval': 'save_interval save_every save_steps',
+    'log_interval': 'log_every logging_steps',
+    'tracker': 'wandb wandb_log report_to',
+    'grad_clip': 'max_grad_norm',
+    'dtype': 'precision amp',
+    'max_new_tokens': 'length tokens',
+    'num_samples': 'n',
+    'held_out': 'val split val_split',
+    'start': 'prompt',
+}
+
 
 def likeness(word: str, name: str) -> float:
     "How alike two names are, 0 to 1: by their letters, or by the parts of `word` that begin parts of `name`."
@@ -110,9 +144,11 @@ def likeness(word: str, name: str) -> float:
     parts, left = [part for part in word.split('_') if part], name.split('_')
     for part in parts:
         begun = [p for p in left if p == part or len(part) > 1 and p.startswith(part) or p + 's' == part]
-        if not begun: return letters
+        if not begun:
+            return letters
         left.remove(begun[0])
     return max(letters, 1 - 0.05 * len(left)) if parts else 0.0
+
 
 def nearest(word: str, words) -> str:
     "`; did you mean X?` for the closest of `words`, or nothing."
@@ -120,100 +156,158 @@ def nearest(word: str, words) -> str:
     close = known or [max(words, key=lambda name: likeness(word, name))]
     return f'; did you mean {close[0]}?' if known or likeness(word, close[0]) >= 0.6 else ''
 
+
 def check_name(name: str, names: list[str] | None = None):
     "Raise `BadInput` unless `name` is an option, by default of training."
     names = names or field_names()
-    if name not in names: raise BadInput(f'there is no option --{name}{nearest(name, names)}')
+    if name not in names:
+        raise BadInput(f'there is no option --{name}{nearest(name, names)}')
 
 # %% ../nbs/30_config.ipynb #fields
 def field_names(*configs) -> list[str]:
     "Names of all knobs of the given dataclasses, in order."
     return [f.name for c in configs or (ModelConfig, TrainConfig) for f in dataclasses.fields(c)]
 
+
 def to_dict(model: ModelConfig, train: TrainConfig) -> dict:
     "Both configurations as one flat dictionary, as `config.json` of a run holds it."
     return {**dataclasses.asdict(model), **dataclasses.asdict(train)}
 
+
 def from_dict(flat: dict) -> tuple[ModelConfig, TrainConfig]:
     "The inverse of `to_dict`; raises `BadInput` for a knob that does not exist."
-    if not isinstance(flat, dict): raise BadInput(f'settings must be names and their values, got {flat!r:.200}')
-    for name in flat: check_name(name)
+    if not isinstance(flat, dict):
+        raise BadInput(f'settings must be names and their values, got {flat!r:.200}')
+    for name in flat:
+        check_name(name)
     pick = lambda cls: check_kinds(cls(**{n: flat[n] for n in field_names(cls) if n in flat}))
     return pick(ModelConfig), pick(TrainConfig)
 
+
 def check_kinds(cfg):
-    "The settings; raises `BadInput` unless each value is of its field's kind, as what a file says need not be."
+    """The settings; raises `BadInput` unless each value is of its field's kind, as what a file says need not
+    be.
+    """
     for name, kind in typing.get_type_hints(type(cfg)).items():
-        value, kinds = getattr(cfg, name), typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        value, kinds = (
+            getattr(cfg, name),
+            typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,),
+        )
+
         def fits(kind) -> bool:
-            if typing.get_origin(kind) is Literal: return value in typing.get_args(kind)
-            if typing.get_origin(kind) is tuple: return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+            if typing.get_origin(kind) is Literal:
+                return value in typing.get_args(kind)
+            if typing.get_origin(kind) is tuple:
+                return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
             return type(value) is kind or kind is float and type(value) is int
-        if not any(map(fits, kinds)): raise BadInput(f'{name} must be {" or ".join(map(spelled, kinds))}, got {value!r:.200}')
-        if type(value) is int and abs(value) >= 2**63 and name != 'seed': raise BadInput(f'{name} must be below 2**63, got {str(value)[:30]}…')
+
+        if not any(map(fits, kinds)):
+            raise BadInput(f'{name} must be {" or ".join(map(spelled, kinds))}, got {value!r:.200}')
+        if type(value) is int and abs(value) >= 2**63 and name != 'seed':
+            raise BadInput(f'{name} must be below 2**63, got {str(value)[:30]}…')
     return cfg
+
 
 def spelled(kind) -> str:
     "A field's kind in a sentence."
-    if typing.get_origin(kind) is Literal: return 'one of ' + ', '.join(map(str, typing.get_args(kind)))
-    return {int: 'an integer', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}.get(kind, 'a list of texts')
+    if typing.get_origin(kind) is Literal:
+        return 'one of ' + ', '.join(map(str, typing.get_args(kind)))
+    return {int: 'an integer', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}.get(
+        kind, 'a list of texts'
+    )
 
 # %% ../nbs/30_config.ipynb #check-model
 def model_problems(m: ModelConfig) -> list[str]:
     "One sentence for each rule that the shape and routing break."
     out = []
-    def need(ok, sentence): out.append(sentence) if not ok else None
+
+    def need(ok, sentence):
+        out.append(sentence) if not ok else None
+
     for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'n_experts', 'moe_every', 'min_capacity'):
         need(getattr(m, name) >= 1, f'{name} must be at least 1, got {getattr(m, name)}')
     for name in ('vocab_size', 'expert_width', 'n_kv_head'):
-        need(getattr(m, name) is None or getattr(m, name) >= 1,
-             f'{name} must be at least 1, got {getattr(m, name)}')
-    need(m.n_head < 1 or m.n_embd % m.n_head == 0,
-         f'n_embd must be a multiple of n_head={m.n_head}, got {m.n_embd}')
-    need(m.positions == 'learned' or m.n_head < 1 or m.n_embd // m.n_head % 2 == 0,
-         f'n_embd / n_head must be even for rotary positions, got {m.n_embd} / {m.n_head}')
-    need(m.n_kv_head is None or m.n_kv_head < 1 or m.n_head % m.n_kv_head == 0,
-         f'n_head must be a multiple of n_kv_head={m.n_kv_head}, got {m.n_head}')
+        need(
+            getattr(m, name) is None or getattr(m, name) >= 1,
+            f'{name} must be at least 1, got {getattr(m, name)}',
+        )
+    need(
+        m.n_head < 1 or m.n_embd % m.n_head == 0,
+        f'n_embd must be a multiple of n_head={m.n_head}, got {m.n_embd}',
+    )
+    need(
+        m.positions == 'learned' or m.n_head < 1 or m.n_embd // m.n_head % 2 == 0,
+        f'n_embd / n_head must be even for rotary positions, got {m.n_embd} / {m.n_head}',
+    )
+    need(
+        m.n_kv_head is None or m.n_kv_head < 1 or m.n_head % m.n_kv_head == 0,
+        f'n_head must be a multiple of n_kv_head={m.n_kv_head}, got {m.n_head}',
+    )
     need(m.n_shared_experts >= 0, f'n_shared_experts must be at least 0, got {m.n_shared_experts}')
     need(0 <= m.jitter < 1, f'jitter must be at least 0 and below 1, got {m.jitter}')
     need(0 <= m.dropout < 1, f'dropout must be at least 0 and below 1, got {m.dropout}')
-    need(m.n_shared_experts == 0 or m.n_experts > 1,
-         f'n_experts must be at least 2 with n_shared_experts={m.n_shared_experts}, got {m.n_experts}')
+    need(
+        m.n_shared_experts == 0 or m.n_experts > 1,
+        f'n_experts must be at least 2 with n_shared_experts={m.n_shared_experts}, got {m.n_experts}',
+    )
     if m.n_experts > 1:
-        need(1 <= m.top_k <= m.n_experts,
-             f'top_k must be between 1 and n_experts={m.n_experts}, got {m.top_k}')
+        need(
+            1 <= m.top_k <= m.n_experts, f'top_k must be between 1 and n_experts={m.n_experts}, got {m.top_k}'
+        )
     for name in ('capacity_factor', 'eval_capacity_factor'):
         f = getattr(m, name)
-        need(f is None or (math.isfinite(f) and f > 0),
-             f'{name} must be a finite number above 0, or None, got {f}')
+        need(
+            f is None or (math.isfinite(f) and f > 0),
+            f'{name} must be a finite number above 0, or None, got {f}',
+        )
     for name in ('balance_weight', 'z_weight', 'bias_rate', 'init_scale'):
         v = getattr(m, name)
         need(math.isfinite(v) and v >= 0, f'{name} must be a finite number of at least 0, got {v}')
     return out
 
 # %% ../nbs/30_config.ipynb #check-train
-CHANGEABLE = ('top_k gates capacity_factor eval_capacity_factor min_capacity capacity_over priority balance balance_weight '
-              'balance_over bias_rate z_weight jitter dropout').split()         # no weight's shape depends on these
+CHANGEABLE = (
+    'top_k gates capacity_factor eval_capacity_factor min_capacity capacity_over priority balance '
+    'balance_weight '
+    'balance_over bias_rate z_weight jitter dropout'
+).split()  # no weight's shape depends on these
+
 
 def allowed_changes(t: TrainConfig) -> list[str]:
     "The knobs that `allow_changed` names."
     return (t.allow_changed or '').replace(',', ' ').split()
 
+
 def train_problems(t: TrainConfig) -> list[str]:
     "One sentence for each rule that the run's settings break."
     out = []
-    def need(ok, sentence): out.append(sentence) if not ok else None
-    for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
-                 'checkpoint_interval', 'keep_checkpoints', 'max_iters'):
+
+    def need(ok, sentence):
+        out.append(sentence) if not ok else None
+
+    for name in (
+        'batch_size',
+        'gradient_accumulation_steps',
+        'eval_interval',
+        'eval_iters',
+        'log_interval',
+        'checkpoint_interval',
+        'keep_checkpoints',
+        'max_iters',
+    ):
         need(getattr(t, name) >= 1, f'{name} must be at least 1, got {getattr(t, name)}')
     need(t.warmup_iters >= 0, f'warmup_iters must be at least 0, got {t.warmup_iters}')
-    need(t.lr_decay_iters is None or t.lr_decay_iters >= 1,
-         f'lr_decay_iters must be at least 1, or None, got {t.lr_decay_iters}')
+    need(
+        t.lr_decay_iters is None or t.lr_decay_iters >= 1,
+        f'lr_decay_iters must be at least 1, or None, got {t.lr_decay_iters}',
+    )
     for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'hang_timeout'):
         v = getattr(t, name)
         need(math.isfinite(v) and v >= 0, f'{name} must be a finite number of at least 0, got {v}')
-    need(not (t.decay_lr and t.min_lr > t.learning_rate),
-         f'min_lr must not exceed learning_rate={t.learning_rate}, got {t.min_lr}')
+    need(
+        not (t.decay_lr and t.min_lr > t.learning_rate),
+        f'min_lr must not exceed learning_rate={t.learning_rate}, got {t.min_lr}',
+    )
     for name in ('beta1', 'beta2'):
         need(0 <= getattr(t, name) < 1, f'{name} must be at least 0 and below 1, got {getattr(t, name)}')
     for name in allowed_changes(t):
@@ -223,31 +317,52 @@ def train_problems(t: TrainConfig) -> list[str]:
     return out
 
 # %% ../nbs/30_config.ipynb #check
-_balances = {'sigmoid': ('none', 'switch', 'sequence', 'bias'), 'expert_choice': ('none', 'switch'), 'hash': ('none', 'switch')}
+_balances = {
+    'sigmoid': ('none', 'switch', 'sequence', 'bias'),
+    'expert_choice': ('none', 'switch'),
+    'hash': ('none', 'switch'),
+}
+
 
 def conflicts(m: ModelConfig) -> list[str]:
     "One sentence for each combination of knobs that can be built but not trained."
-    if m.n_experts == 1: return []
+    if m.n_experts == 1:
+        return []
     out, dropless = [], m.capacity_factor is m.eval_capacity_factor is None
-    def need(ok, sentence): out.append(sentence) if not ok else None
-    need(m.top_k > 1 or m.gates == 'all' or m.router in ('expert_choice', 'hash'),
-         "gates must be 'all' when top_k=1, because one renormalised gate is always 1 and gives the router no "
-         "gradient, got 'chosen'")
+
+    def need(ok, sentence):
+        out.append(sentence) if not ok else None
+
+    need(
+        m.top_k > 1 or m.gates == 'all' or m.router in ('expert_choice', 'hash'),
+        "gates must be 'all' when top_k=1, because one renormalised gate is always 1 and gives the router no "
+        "gradient, got 'chosen'",
+    )
     possible = _balances.get(m.router, (m.balance,))
-    need(m.balance in possible, f'balance must be {" or ".join(possible)} with router={m.router}, got {m.balance}')
-    need(m.balance_over == 'micro_batch' or m.balance == 'switch',
-         f'balance_over must be micro_batch with balance={m.balance}, got {m.balance_over}')
+    need(
+        m.balance in possible,
+        f'balance must be {" or ".join(possible)} with router={m.router}, got {m.balance}',
+    )
+    need(
+        m.balance_over == 'micro_batch' or m.balance == 'switch',
+        f'balance_over must be micro_batch with balance={m.balance}, got {m.balance_over}',
+    )
     if m.router in ('expert_choice', 'hash'):
         need(m.gates == 'all', f"gates must be 'all' with router={m.router}, got '{m.gates}'")
     if m.router == 'expert_choice':
-        need(m.capacity_factor and m.eval_capacity_factor,
-             'capacity_factor and eval_capacity_factor must be set with router=expert_choice, as they say how many '
-             f'tokens an expert takes, got {m.capacity_factor} and {m.eval_capacity_factor}')
+        need(
+            m.capacity_factor and m.eval_capacity_factor,
+            'capacity_factor and eval_capacity_factor must be set with router=expert_choice, as they say '
+            'how many '
+            f'tokens an expert takes, got {m.capacity_factor} and {m.eval_capacity_factor}',
+        )
     need(m.router != 'hash' or m.jitter == 0, f'jitter must be 0 with router=hash, got {m.jitter}')
     for knob in ('capacity_over', 'priority'):
         value, usual = getattr(m, knob), getattr(ModelConfig, knob)
-        need(value == usual or not dropless and m.router != 'expert_choice',
-             f'{knob} must be {usual} where no queue is filled in order, got {value}')
+        need(
+            value == usual or not dropless and m.router != 'expert_choice',
+            f'{knob} must be {usual} where no queue is filled in order, got {value}',
+        )
     return out
 
 # %% ../nbs/30_config.ipynb #check-all
@@ -256,19 +371,32 @@ def check(model: ModelConfig, train: TrainConfig | None = None):
 
     With `train` given, what can be built but not trained is refused too.
     """
-    for cfg in (model, train): cfg and check_kinds(cfg)
+    for cfg in (model, train):
+        cfg and check_kinds(cfg)
     problems = model_problems(model)
-    if train is not None: problems += train_problems(train) + conflicts(model)
-    if problems: raise BadInput('\n'.join(problems))
+    if train is not None:
+        problems += train_problems(train) + conflicts(model)
+    if problems:
+        raise BadInput('\n'.join(problems))
 
 # %% ../nbs/30_config.ipynb #without-effect
 def without_effect(model: ModelConfig, train: TrainConfig, given: list[str]) -> list[str]:
-    "Those of the given options that change nothing, each with what makes it idle, such as `top_k (n_experts=1)`."
+    """Those of the given options that change nothing, each with what makes it idle, such as `top_k
+    (n_experts=1)`.
+    """
     idle = {}
-    def when(condition: bool, names: str, why: str): idle.update({name: why for name in names.split() if condition and name not in idle})
+
+    def when(condition: bool, names: str, why: str):
+        idle.update({name: why for name in names.split() if condition and name not in idle})
+
     dropless = model.capacity_factor is model.eval_capacity_factor is None
-    when(model.n_experts == 1, 'top_k moe_every router jitter gates router_float32 capacity_factor eval_capacity_factor min_capacity capacity_over '
-         'priority balance balance_over bias_rate balance_weight z_weight', 'n_experts=1')
+    when(
+        model.n_experts == 1,
+        'top_k moe_every router jitter gates router_float32 capacity_factor eval_capacity_factor '
+        'min_capacity capacity_over '
+        'priority balance balance_over bias_rate balance_weight z_weight',
+        'n_experts=1',
+    )
     when(dropless, 'min_capacity', 'capacity_factor=None')
     when(model.balance != 'bias', 'bias_rate', f'balance={model.balance}')
     when(model.balance in ('none', 'bias'), 'balance_weight', f'balance={model.balance}')

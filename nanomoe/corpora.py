@@ -26,9 +26,11 @@ from .tokenizer import END
 # %% ../nbs/36_corpora.ipynb #document
 class Document(NamedTuple):
     "One text that is kept whole, with the kind of text it is"
+
     text: str
     domain: str
     name: str  # where it comes from
+
 
 def is_held_out(name: str, share: float = 0.1) -> bool:
     "Whether what has this name, or this text, is for validation: a fixed, pseudo-random `share` of all."
@@ -39,7 +41,8 @@ def is_held_out(name: str, share: float = 0.1) -> bool:
 def text_blocks(path: Path, errors: str = 'strict', size: int = 2**20) -> Iterator[str]:
     """The file's text in blocks of `size` bytes.
 
-    Raises `BadInput` with the byte offset if it is not UTF-8, unless `errors` is `replace`: then U+FFFD stands there.
+    Raises `BadInput` with the byte offset if it is not UTF-8, unless `errors` is `replace`: then U+FFFD
+    stands there.
     """
     decoder, n_read, block = codecs.getincrementaldecoder('utf-8-sig')(errors), 0, b' '
     try:
@@ -47,127 +50,190 @@ def text_blocks(path: Path, errors: str = 'strict', size: int = 2**20) -> Iterat
             while block:
                 n_read += len(block := f.read(size))
                 yield decoder.decode(block, final=not block)
-    except UnicodeDecodeError as e:                             # e.object: the block, and what was left of the one before
-        raise BadInput(f'{path} is not UTF-8 text: byte {n_read - len(e.object) + e.start} cannot be decoded; '
-                       'to go on, say --errors replace or --errors skip') from None
-    except OSError as e: raise BadInput(f'{path} cannot be read: {e.strerror}') from None
+    except UnicodeDecodeError as e:  # e.object: the block, and what was left of the one before
+        raise BadInput(
+            f'{path} is not UTF-8 text: byte {n_read - len(e.object) + e.start} cannot be decoded; '
+            'to go on, say --errors replace or --errors skip'
+        ) from None
+    except OSError as e:
+        raise BadInput(f'{path} cannot be read: {e.strerror}') from None
+
 
 def read_page(path: Path, columns=(), errors: str = 'strict') -> Iterator[tuple[str]]:
     "The whole file as one row."
-    yield ''.join(text_blocks(path, errors)),
+    yield (''.join(text_blocks(path, errors)),)
+
 
 def read_txt(path: Path, columns=(), errors: str = 'strict', part: int = 2**20) -> Iterator[tuple[str]]:
-    "What stands between `END` marks; of more than four `part`s, parts of that many characters, cut at line ends."
+    """What stands between `END` marks.
+
+    Of more than four `part`s, parts of that many characters, cut at line ends.
+    """
     rest = ''
     for block in text_blocks(path, errors):
         *whole, rest = (rest + block).split(END)
-        for text in whole: yield text,
+        for text in whole:
+            yield (text,)
         while len(rest) > 4 * part:
             cut = rest.rfind('\n', 0, part) + 1 or part
-            yield rest[:cut],
+            yield (rest[:cut],)
             rest = rest[cut:]
-    yield rest,
+    yield (rest,)
 
 # %% ../nbs/36_corpora.ipynb #local-documents
-READERS = {'.txt': read_txt, '.md': read_page, '.py': read_page}        # each: (path, columns, errors) -> rows of strings, the first the text
+# each: (path, columns, errors) -> rows of strings, the first the text
+READERS = {'.txt': read_txt, '.md': read_page, '.py': read_page}
+
 
 def ending(path: Path, endings: tuple[str, ...] = ()) -> str | None:
     "Which of these endings a file has, or of those in `READERS`."
     return next((suffix for suffix in endings or READERS if path.name.lower().endswith(suffix)), None)
 
+
 def source_files(source: str | Path, endings: tuple[str, ...] = ()) -> tuple[Path, list[Path]]:
-    "The folder in which a source lies, and its readable files in order; raises `BadInput` when there are none."
+    """The folder in which a source lies, and its readable files in order.
+
+    Raises `BadInput` when there are none.
+    """
     known, path, found = endings or tuple(READERS), Path(source), [Path(source)]
     if not path.exists():
         path = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = sorted(map(Path, glob.glob(str(source), recursive=True)))
-        if not found: raise BadInput(f'{source} does not exist')
+        if not found:
+            raise BadInput(f'{source} does not exist')
     files = [f for p in found for f in ([f for f in walk(p) if ending(f, endings)] if p.is_dir() else [p])]
-    files = list({f.resolve(): f for f in reversed(files)}.values())[::-1]      # none twice, by whatever links
+    files = list({f.resolve(): f for f in reversed(files)}.values())[::-1]  # none twice, by whatever links
     for file in files:
-        if not file.is_file(): raise BadInput(f'{file} is no file that can be read')
-        if not ending(file, endings): raise BadInput(f'{file} must end in one of {", ".join(known)}; others are read with --endings')
-    if not files: raise BadInput(f'{source} holds no {", ".join(known)} file; others are read with --endings')
+        if not file.is_file():
+            raise BadInput(f'{file} is no file that can be read')
+        if not ending(file, endings):
+            raise BadInput(f'{file} must end in one of {", ".join(known)}; others are read with --endings')
+    if not files:
+        raise BadInput(f'{source} holds no {", ".join(known)} file; others are read with --endings')
     return path.parent, files
+
 
 def walk(folder: Path) -> list[Path]:
     """The files below a folder, in order; links are followed, none in circles.
 
-    What is hidden, such as .git and .ipynb_checkpoints, is left out. Raises `BadInput` for a folder that cannot be listed.
+    What is hidden, such as .git and .ipynb_checkpoints, is left out. Raises `BadInput` for a folder that
+    cannot be listed.
     """
-    def refuse(e: OSError): raise BadInput(f'{e.filename} cannot be read: {e.strerror}')
+
+    def refuse(e: OSError):
+        raise BadInput(f'{e.filename} cannot be read: {e.strerror}')
+
     found, seen = [], set()
     for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith('.')]
-        if (here := os.path.realpath(at)) in seen: folders.clear()
-        else: found += [Path(at, name) for name in names if not name.startswith('.')]
+        if (here := os.path.realpath(at)) in seen:
+            folders.clear()
+        else:
+            found += [Path(at, name) for name in names if not name.startswith('.')]
         seen.add(here)
     return sorted(found)
+
 
 def domain_of(source: str | Path) -> str:
     "What a source's documents are called: its name without wildcards and endings."
     path = Path(source)
-    if not path.exists(): path = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    if not path.exists():
+        path = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     name = path.resolve().name
-    if not path.is_dir(): name = name[:len(name) - len(ending(path) or path.suffix)]
-    return printable(name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace'))      # a name may be Latin-1
+    if not path.is_dir():
+        name = name[: len(name) - len(ending(path) or path.suffix)]
+    # a name may be Latin-1
+    return printable(name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace'))
+
 
 def printable(name: str) -> str:
     "The name without control characters, which a terminal would obey."
     return ''.join(ch if ch.isprintable() else '\ufffd' for ch in name)
 
 # %% ../nbs/36_corpora.ipynb #file-documents
-def file_documents(source: str | Path, columns: tuple[str, ...] = ('text',), endings: tuple[str, ...] = (),
-                   errors: str = 'strict') -> Iterator[Document]:
+def file_documents(
+    source: str | Path,
+    columns: tuple[str, ...] = ('text',),
+    endings: tuple[str, ...] = (),
+    errors: str = 'strict',
+) -> Iterator[Document]:
     """The documents of a file, a folder or a pattern; the second of two `columns` names each row's domain.
 
-    `endings` other than those in `READERS` are read as one page each. With `errors` a file that is not UTF-8 raises
-    `BadInput` (strict), gets U+FFFD where it cannot be decoded (replace) or is left out (skip).
+    `endings` other than those in `READERS` are read as one page each. With `errors` a file that is not UTF-8
+    raises `BadInput` (strict), gets U+FFFD where it cannot be decoded (replace) or is left out (skip).
     """
     (base, files), domain = source_files(source, endings), domain_of(source)
     for path in files:
-        if errors == 'skip' and not is_utf8(path): continue
+        if errors == 'skip' and not is_utf8(path):
+            continue
         for i, (text, *label) in enumerate(READERS.get(ending(path), read_page)(path, columns, errors)):
-            if text: yield Document(text, printable(label[0]) if label and label[0] else domain, f'{path.relative_to(base)}:{i}')
+            if text:
+                yield Document(
+                    text,
+                    printable(label[0]) if label and label[0] else domain,
+                    f'{path.relative_to(base)}:{i}',
+                )
+
 
 def is_utf8(path: Path) -> bool:
     "Whether a file can be decoded; what is packed is not looked into."
-    if ending(path) in ('.jsonl.gz', '.parquet'): return True
+    if ending(path) in ('.jsonl.gz', '.parquet'):
+        return True
     decoder = codecs.getincrementaldecoder('utf-8')()
     try:
         with open(path, 'rb') as f:
-            while block := f.read(2**20): decoder.decode(block)
+            while block := f.read(2**20):
+                decoder.decode(block)
         decoder.decode(b'', final=True)
         return True
-    except UnicodeDecodeError: return False
+    except UnicodeDecodeError:
+        return False
 
 # %% ../nbs/36_corpora.ipynb #numbers
-_ones = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
-         'fifteen sixteen seventeen eighteen nineteen').split()
+_ones = (
+    'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
+    'fifteen sixteen seventeen eighteen nineteen'
+).split()
 _tens = '_ _ twenty thirty forty fifty sixty seventy eighty ninety'.split()
+
 
 def in_words(n: int) -> str:
     "An integer from 0 to 999,999 in English."
-    if n < 20: return _ones[n]
-    if n < 100: return _tens[n//10] + ('-' + _ones[n % 10] if n % 10 else '')
-    if n < 1000: return f'{_ones[n//100]} hundred' + (f' and {in_words(n % 100)}' if n % 100 else '')
-    return f'{in_words(n//1000)} thousand' + (f' {in_words(n % 1000)}' if n % 1000 else '')
+    if n < 20:
+        return _ones[n]
+    if n < 100:
+        return _tens[n // 10] + ('-' + _ones[n % 10] if n % 10 else '')
+    if n < 1000:
+        return f'{_ones[n // 100]} hundred' + (f' and {in_words(n % 100)}' if n % 100 else '')
+    return f'{in_words(n // 1000)} thousand' + (f' {in_words(n % 1000)}' if n % 1000 else '')
 
 # %% ../nbs/36_corpora.ipynb #arithmetic
 def arithmetic(rng: random.Random) -> str:
     "One line of arithmetic, written out."
     a, b, c = rng.randrange(1000), rng.randrange(1000), rng.randrange(2, 100)
     kind = rng.randrange(8)
-    if kind == 0: return f'{a} + {b} = {a + b}'
-    if kind == 1: return f'{max(a, b)} - {min(a, b)} = {abs(a - b)}'
-    if kind == 2: return (f'{a} * {c} = {a} * {c//10*10} + {a} * {c % 10} = '
-                          f'{a*(c//10*10)} + {a*(c % 10)} = {a*c}')
-    if kind == 3: return f'{a} = {c} * {a//c} + {a % c}'
-    if kind == 4: return f'{in_words(a)} plus {in_words(b)} is {in_words(a + b)}'
-    if kind == 5: return f'{a}, {a + c}, {a + 2*c}, {a + 3*c}, {a + 4*c}: add {c} each time'
-    if kind == 6: return f'{a} in words is {in_words(a)}; {a*1000 + b} is {in_words(a*1000 + b)}'
-    return (f'{a} is {"less than" if a < b else "greater than" if a > b else "equal to"} {b}, '
-            f'and {b} is {"even" if b % 2 == 0 else "odd"}')
+    if kind == 0:
+        return f'{a} + {b} = {a + b}'
+    if kind == 1:
+        return f'{max(a, b)} - {min(a, b)} = {abs(a - b)}'
+    if kind == 2:
+        return (
+            f'{a} * {c} = {a} * {c // 10 * 10} + {a} * {c % 10} = '
+            f'{a * (c // 10 * 10)} + {a * (c % 10)} = {a * c}'
+        )
+    if kind == 3:
+        return f'{a} = {c} * {a // c} + {a % c}'
+    if kind == 4:
+        return f'{in_words(a)} plus {in_words(b)} is {in_words(a + b)}'
+    if kind == 5:
+        return f'{a}, {a + c}, {a + 2 * c}, {a + 3 * c}, {a + 4 * c}: add {c} each time'
+    if kind == 6:
+        return f'{a} in words is {in_words(a)}; {a * 1000 + b} is {in_words(a * 1000 + b)}'
+    return (
+        f'{a} is {"less than" if a < b else "greater than" if a > b else "equal to"} {b}, '
+        f'and {b} is {"even" if b % 2 == 0 else "odd"}'
+    )
+
 
 def numbers_documents(n_bytes: int, seed: int = 0, lines: int = 60) -> Iterator[Document]:
     "Seeded pages of arithmetic, `n_bytes` in all: text that anyone can make and whose rules can be learnt."
@@ -183,22 +249,32 @@ def package_files(package: str, pattern: str) -> list[tuple[str, Path]]:
     root = Path(importlib.util.find_spec(package).origin).parent
     return sorted((f'{package}/{p.relative_to(root).as_posix()}', p) for p in root.rglob(pattern))
 
+
 def stdlib_files() -> list[tuple[str, Path]]:
     "(name, path) of the standard library's sources, without its tests and what is installed beside it."
     root = Path(sysconfig.get_paths()['stdlib'])
     outside = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', '__pycache__'}
-    return sorted((f'stdlib/{p.relative_to(root).as_posix()}', p) for p in root.rglob('*.py')
-                  if not outside & set(p.relative_to(root).parts))
+    return sorted(
+        (f'stdlib/{p.relative_to(root).as_posix()}', p)
+        for p in root.rglob('*.py')
+        if not outside & set(p.relative_to(root).parts)
+    )
+
 
 def docstrings(source: str) -> str:
     "The documentation in Python source: its docstrings, and what torch and numpy hand to `add_docstr`."
-    try: tree = ast.parse(source)
-    except (SyntaxError, ValueError): return ''
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ''
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) or '' for node in ast.walk(tree) if isinstance(node, documented)]
-    if 'add_docstr(' in source or 'add_newdoc(' in source:      # these calls document compiled functions
-        found += [node.value for node in ast.walk(tree)
-                  if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    if 'add_docstr(' in source or 'add_newdoc(' in source:  # these calls document compiled functions
+        found += [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
     return '\n\n'.join(text.strip() for text in found if len(text) > 60)
 
 # %% ../nbs/36_corpora.ipynb #onboard
@@ -206,22 +282,28 @@ def in_fixed_order(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
     "The files in a pseudo-random order of their names: the same on every machine that has the same files."
     return sorted(files, key=lambda entry: hashlib.sha256(('order ' + entry[0]).encode()).digest())
 
-def take(domain: str, files: list[tuple[str, Path]], n_bytes: int,
-         read=lambda text: text) -> Iterator[Document]:
+
+def take(
+    domain: str, files: list[tuple[str, Path]], n_bytes: int, read=lambda text: text
+) -> Iterator[Document]:
     "Whole files in their fixed order, each as `read` gives it, until `n_bytes` of text are reached."
     taken = 0
     for name, path in in_fixed_order(files):
         text = read(path.read_text(encoding='utf-8', errors='replace'))
-        if not 200 < len(text) < 200_000: continue
+        if not 200 < len(text) < 200_000:
+            continue
         taken += len(text.encode())
         yield Document(text, domain, name)
-        if taken >= n_bytes: return
+        if taken >= n_bytes:
+            return
 
 # %% ../nbs/36_corpora.ipynb #help-topics
 def help_topics() -> Iterator[Document]:
     "The language reference that `help()` shows, a document per topic."
     from pydoc_data.topics import topics
+
     return (Document(text, 'prose', f'pydoc_data/topics/{name}') for name, text in sorted(topics.items()))
+
 
 def onboard_documents(n_bytes: int = 3_000_000) -> Iterator[Document]:
     """Text on every machine that can run this: `python`, `cpp`, `prose` and `numbers`, about `n_bytes` each.
@@ -229,86 +311,147 @@ def onboard_documents(n_bytes: int = 3_000_000) -> Iterator[Document]:
     A file of the standard library that is held out is held out as source and as documentation.
     """
     stdlib = stdlib_files()
-    packages = [entry for name in ('torch', 'numpy') for entry in package_files(name, '*.py')
-                if '/tests/' not in entry[0]]
-    headers = [entry for entry in package_files('torch', '*.h')
-               if '/ATen/ops/' not in entry[0]]                 # those are generated
+    packages = [
+        entry
+        for name in ('torch', 'numpy')
+        for entry in package_files(name, '*.py')
+        if '/tests/' not in entry[0]
+    ]
+    # those are generated
+    headers = [entry for entry in package_files('torch', '*.h') if '/ATen/ops/' not in entry[0]]
     yield from take('python', stdlib, n_bytes)
     yield from take('cpp', headers, n_bytes)
     yield from (topics := list(help_topics()))
-    yield from take('prose', stdlib + packages,
-                    n_bytes - sum(len(d.text.encode()) for d in topics), docstrings)
+    yield from take(
+        'prose', stdlib + packages, n_bytes - sum(len(d.text.encode()) for d in topics), docstrings
+    )
     yield from numbers_documents(n_bytes)
 
 # %% ../nbs/36_corpora.ipynb #source
 class Source(NamedTuple):
     "Documents that can be read again from any number on"
+
     name: str
-    documents: Callable[[int], Iterable[Document]]              # those from the n-th on
+    documents: Callable[[int], Iterable[Document]]  # those from the n-th on
     held_out: Callable[[Document], bool] = lambda d: is_held_out(d.name)
-    share: float = 0.1                                          # held out of each document, if they are cut
-    max_tokens: int | None = None                               # the document that reaches it is the last
-    n_bytes: int | None = None                                  # of text, where known beforehand
-    stamp: tuple = ()                                           # what must be the same for going on after a kill
+    share: float = 0.1  # held out of each document, if they are cut
+    max_tokens: int | None = None  # the document that reaches it is the last
+    n_bytes: int | None = None  # of text, where known beforehand
+    stamp: tuple = ()  # what must be the same for going on after a kill
+
 
 def listed(name: str, documents: Iterable[Document], max_tokens: int | None = None) -> Source:
     "A source of documents that are in memory already."
     kept = list(documents)
-    return Source(name, lambda skip: kept[skip:], max_tokens=max_tokens, n_bytes=sum(len(d.text.encode()) for d in kept),
-                  stamp=(hashlib.sha256(repr(kept).encode()).hexdigest(),))
+    return Source(
+        name,
+        lambda skip: kept[skip:],
+        max_tokens=max_tokens,
+        n_bytes=sum(len(d.text.encode()) for d in kept),
+        stamp=(hashlib.sha256(repr(kept).encode()).hexdigest(),),
+    )
 
 # %% ../nbs/36_corpora.ipynb #read-rows
-LONGEST = 2**27         # bytes of one line of JSON
+LONGEST = 2**27  # bytes of one line of JSON
 
-def read_jsonl(path: Path, columns: tuple[str, ...] = ('text',), errors: str = 'strict') -> Iterator[tuple[str | None, ...]]:
-    "These strings of each line of a .jsonl or .jsonl.gz file, None for nulls; raises `BadInput` with the line number where one lacks."
+
+def read_jsonl(
+    path: Path, columns: tuple[str, ...] = ('text',), errors: str = 'strict'
+) -> Iterator[tuple[str | None, ...]]:
+    """These strings of each line of a .jsonl or .jsonl.gz file, None for nulls.
+
+    Raises `BadInput` with the line number where one lacks.
+    """
     try:
         with (gzip.open if path.suffix.lower() == '.gz' else open)(path, 'rb') as lines:
             for number, line in enumerate(iter(lambda: lines.readline(LONGEST + 1), b''), 1):
-                if len(line) > LONGEST: raise BadInput(f'{path} line {number} must be at most {LONGEST:,} bytes long')
-                if line.strip(): yield strings(line, columns, f'{path} line {number}', errors)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise BadInput(f'{path} is damaged: {e}') from None
-    except OSError as e: raise BadInput(f'{path} cannot be read: {e.strerror}') from None
+                if len(line) > LONGEST:
+                    raise BadInput(f'{path} line {number} must be at most {LONGEST:,} bytes long')
+                if line.strip():
+                    yield strings(line, columns, f'{path} line {number}', errors)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise BadInput(f'{path} is damaged: {e}') from None
+    except OSError as e:
+        raise BadInput(f'{path} cannot be read: {e.strerror}') from None
 
-def strings(line: bytes, columns: tuple[str, ...], where: str, errors: str = 'strict') -> tuple[str | None, ...]:
+
+def strings(
+    line: bytes, columns: tuple[str, ...], where: str, errors: str = 'strict'
+) -> tuple[str | None, ...]:
     "The strings under these names in one line of JSON, None for nulls."
     row = None
     try:
         row = json.loads(line.decode(json.detect_encoding(line), errors))
-        for name in columns: (row[name] or '').encode()         # half a surrogate pair is no text
+        for name in columns:
+            (row[name] or '').encode()  # half a surrogate pair is no text
         return tuple(row[name] for name in columns)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): pass
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
     names = ' and '.join(f'"{name}"' for name in columns)
-    has = f' (it has {", ".join(map(printable, row))}; say which with --text_column)' if isinstance(row, dict) and row else ''
+    has = (
+        f' (it has {", ".join(map(printable, row))}; say which with --text_column)'
+        if isinstance(row, dict) and row
+        else ''
+    )
     raise BadInput(f'{where} must be a JSON object with a string under {names}{has}')
 
-def read_parquet(path: Path, columns: tuple[str, ...] = ('text',), errors: str = 'strict') -> Iterator[tuple[str | None, ...]]:
-    "These strings of each row of a .parquet file, None for nulls; raises `BadInput` where there is no such column."
+
+def read_parquet(
+    path: Path, columns: tuple[str, ...] = ('text',), errors: str = 'strict'
+) -> Iterator[tuple[str | None, ...]]:
+    """These strings of each row of a .parquet file, None for nulls.
+
+    Raises `BadInput` where there is no such column.
+    """
     import pyarrow
     from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(path) as file:
             kinds = {column.name: column.type for column in file.schema_arrow}
             for name in columns:
                 if not re.match('(large_)?string|dictionary<values=(large_)?string', str(kinds.get(name))):
-                    raise BadInput(f'{path} has no column of strings named {name}; it has: {", ".join(kinds)}; say which with --text_column')
-            for batch in file.iter_batches(16, columns=list(columns)):     # 16 rows: each may be long
+                    raise BadInput(
+                        f'{path} has no column of strings named {name}; it has: {", ".join(kinds)}; say '
+                        'which with --text_column'
+                    )
+            for batch in file.iter_batches(16, columns=list(columns)):  # 16 rows: each may be long
                 yield from zip(*(batch.column(name).to_pylist() for name in columns))
     except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as e:
         raise BadInput(f'{path} is damaged: {str(e).splitlines()[0]}') from None
-    except OSError as e: raise BadInput(f'{path} cannot be read: {e.strerror or e}') from None
+    except OSError as e:
+        raise BadInput(f'{path} cannot be read: {e.strerror or e}') from None
+
 
 READERS |= {'.jsonl': read_jsonl, '.jsonl.gz': read_jsonl, '.parquet': read_parquet}
 
 # %% ../nbs/36_corpora.ipynb #local-source
-def local_source(source: str, columns: tuple[str, ...], share: float, max_tokens: int | None,
-                 endings: tuple[str, ...] = (), errors: str = 'strict') -> Source:
-    "A file, a folder or a pattern, of whose documents `share` are held out; it is the same as long as its files are."
+def local_source(
+    source: str,
+    columns: tuple[str, ...],
+    share: float,
+    max_tokens: int | None,
+    endings: tuple[str, ...] = (),
+    errors: str = 'strict',
+) -> Source:
+    """A file, a folder or a pattern, of whose documents `share` are held out.
+
+    It is the same as long as its files are.
+    """
     _, files = source_files(source, endings)
     facts = [f.stat() for f in files]
-    return Source(source, lambda skip: itertools.islice(file_documents(source, columns, endings, errors), skip, None),
-                  lambda d: is_held_out(d.text, share), share, max_tokens, text_size(files, columns[0]),
-                  tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, facts)) + columns + (share, endings, errors))
+    return Source(
+        source,
+        lambda skip: itertools.islice(file_documents(source, columns, endings, errors), skip, None),
+        lambda d: is_held_out(d.text, share),
+        share,
+        max_tokens,
+        text_size(files, columns[0]),
+        tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, facts))
+        + columns
+        + (share, endings, errors),
+    )
+
 
 def left_out(source: str, endings: tuple[str, ...], errors: str) -> list[str]:
     "A sentence each on the files of a source that are not read, and on those that are not UTF-8."
@@ -316,101 +459,168 @@ def left_out(source: str, endings: tuple[str, ...], errors: str) -> list[str]:
     if Path(source).is_dir():
         kinds = Counter(f.suffix.lower() or 'no ending' for f in walk(Path(source)) if not ending(f, endings))
         counts = ', '.join(f'{kind} {n}' for kind, n in kinds.most_common(8))
-        if kinds: said.append(f'{source}: {kinds.total()} files of other endings are not read ({counts}); --endings chooses which are')
+        if kinds:
+            said.append(
+                f'{source}: {kinds.total()} files of other endings are not read ({counts}); --endings '
+                'chooses which are'
+            )
     odd = [f for f in source_files(source, endings)[1] if not is_utf8(f)] if errors != 'strict' else []
     done = 'left out' if errors == 'skip' else 'read with U+FFFD in place of what cannot be decoded'
     names = ', '.join(map(str, odd[:5])) + (' …' if len(odd) > 5 else '')
     return said + ([f'{source}: {len(odd)} files that are not UTF-8 are {done}: {names}'] if odd else [])
 
+
 def text_size(files: list[Path], column: str) -> int | None:
     "About how many bytes of text the files hold; None where only reading them would tell."
-    if any(f.suffix.lower() == '.gz' for f in files): return None
+    if any(f.suffix.lower() == '.gz' for f in files):
+        return None
     return sum(parquet_size(f, column) if f.suffix.lower() == '.parquet' else f.stat().st_size for f in files)
 
+
 def parquet_size(path: Path, column: str) -> int:
-    "Bytes of one column of a .parquet file, before compression; 0 if the file cannot be read, which reading will tell."
+    """Bytes of one column of a .parquet file, before compression.
+
+    0 if the file cannot be read, which reading will tell.
+    """
     import pyarrow
     from pyarrow import parquet
-    try: facts = parquet.read_metadata(path)
-    except (pyarrow.ArrowException, OSError): return 0
+
+    try:
+        facts = parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError):
+        return 0
     groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
-    return sum(g.column(i).total_uncompressed_size for g in groups for i in range(g.num_columns)
-               if g.column(i).path_in_schema == column)
+    return sum(
+        g.column(i).total_uncompressed_size
+        for g in groups
+        for i in range(g.num_columns)
+        if g.column(i).path_in_schema == column
+    )
 
 # %% ../nbs/36_corpora.ipynb #shakespeare
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
+
 def shakespeare(from_file: str | None = None) -> Document:
     "Tiny Shakespeare (1.1 MB), downloaded or from a file; raises `BadInput` unless its sha256 is right."
-    if from_file: raw = ''.join(text_blocks(Path(from_file))).encode()
+    if from_file:
+        raw = ''.join(text_blocks(Path(from_file))).encode()
     else:
-        try: raw = urllib.request.urlopen(SHAKESPEARE_URL, timeout=30).read()
+        try:
+            raw = urllib.request.urlopen(SHAKESPEARE_URL, timeout=30).read()
         except OSError as e:
-            raise BadInput(f'{SHAKESPEARE_URL} cannot be fetched ({e}); '
-                           'download it elsewhere and pass --from_file') from None
+            raise BadInput(
+                f'{SHAKESPEARE_URL} cannot be fetched ({e}); download it elsewhere and pass --from_file'
+            ) from None
     found = hashlib.sha256(raw).hexdigest()
     if found != SHAKESPEARE_SHA256:
-        raise BadInput(f'{from_file or SHAKESPEARE_URL} is not Tiny Shakespeare: '
-                       f'its sha256 is {found}, expected {SHAKESPEARE_SHA256}')
+        raise BadInput(
+            f'{from_file or SHAKESPEARE_URL} is not Tiny Shakespeare: '
+            f'its sha256 is {found}, expected {SHAKESPEARE_SHA256}'
+        )
     return Document(raw.decode(), 'shakespeare', 'shakespeare')
 
 # %% ../nbs/36_corpora.ipynb #hub-documents
-def hub_documents(rows, columns: tuple[str, ...], name: str, skip: int, expected: int | None = None) -> Iterator[Document]:
+def hub_documents(
+    rows, columns: tuple[str, ...], name: str, skip: int, expected: int | None = None
+) -> Iterator[Document]:
     """The rows of a `datasets.IterableDataset` from the `skip`-th on, each a document.
 
     Raises `BadInput` when the network breaks off, and where there are not exactly as many rows as `expected`.
     """
     count, label, found = skip, Path(name).name, iter(rows.skip(skip))
     while True:
-        try: row = next(found, None)
-        except Exception as e:                                          # of the network, its library, its formats
-            raise BadInput(f'{name} broke off after {count:,} documents ({type(e).__name__}); '
-                           'the same command goes on from there') from None
-        if row is None: break
+        try:
+            row = next(found, None)
+        except Exception as e:  # of the network, its library, its formats
+            raise BadInput(
+                f'{name} broke off after {count:,} documents ({type(e).__name__}); '
+                'the same command goes on from there'
+            ) from None
+        if row is None:
+            break
         for column in columns:
             if column not in row or not isinstance(row[column], str | None):
-                raise BadInput(f'{name} has no column of strings named {column}; it has: {", ".join(row)}; say which with --text_column')
+                raise BadInput(
+                    f'{name} has no column of strings named {column}; it has: {", ".join(row)}; say which '
+                    'with --text_column'
+                )
         kind = row[columns[1]] if len(columns) > 1 else None
         yield Document(row[columns[0]] or '', printable(kind or label), f'{name}:{count}')
         count += 1
     if expected not in (None, count):
-        raise BadInput(f'{name} must hold {expected:,} documents, got {count:,}: what was written is only a part of it')
+        raise BadInput(
+            f'{name} must hold {expected:,} documents, got {count:,}: what was written is only a part of it'
+        )
 
 # %% ../nbs/36_corpora.ipynb #hub-source
-HUB = {'openwebtext': ('Skylion007/openwebtext', None, 8_013_769),          # id, subset, documents
-       'fineweb-edu': ('HuggingFaceFW/fineweb-edu', 'sample-10BT', None)}
+HUB = {
+    'openwebtext': ('Skylion007/openwebtext', None, 8_013_769),  # id, subset, documents
+    'fineweb-edu': ('HuggingFaceFW/fineweb-edu', 'sample-10BT', None),
+}
 
-def hub_source(name: str, subset: str | None, columns: tuple[str, ...], share: float | None, max_tokens: int | None) -> Source:
-    "A dataset of the Hugging Face hub, or a folder of one, streamed; raises `BadInput` when it cannot be had."
+
+def hub_source(
+    name: str, subset: str | None, columns: tuple[str, ...], share: float | None, max_tokens: int | None
+) -> Source:
+    """A dataset of the Hugging Face hub, or a folder of one, streamed.
+
+    Raises `BadInput` when it cannot be had.
+    """
     path, usual, expected = HUB.get(name, (name, None, None))
     subset = subset or usual
-    if saved(path): rows, version = saved_rows(path)
-    else: rows, version = hub_rows(path, subset)
+    if saved(path):
+        rows, version = saved_rows(path)
+    else:
+        rows, version = hub_rows(path, subset)
     rows = only(rows, columns, path)
     held_out = nanogpts_split() if name == 'openwebtext' else lambda d: is_held_out(d.text, share or 0.0005)
-    return Source(name, lambda skip: hub_documents(rows, columns, path, skip, None if max_tokens else expected),
-                  held_out, share or 0.1, max_tokens, stamp=(path, subset, version, *columns, share))
+    return Source(
+        name,
+        lambda skip: hub_documents(rows, columns, path, skip, None if max_tokens else expected),
+        held_out,
+        share or 0.1,
+        max_tokens,
+        stamp=(path, subset, version, *columns, share),
+    )
+
 
 def only(rows, columns: tuple[str, ...], name: str):
-    "The rows with these columns alone, so that none besides is decoded; raises `BadInput` where one is missing."
-    have = rows.column_names or columns                                 # unknown before the first row of some
+    """The rows with these columns alone, so that none besides is decoded.
+
+    Raises `BadInput` where one is missing.
+    """
+    have = rows.column_names or columns  # unknown before the first row of some
     for column in columns:
-        if column not in have: raise BadInput(f'{name} has no column of strings named {column}; it has: {", ".join(have)}; say which with --text_column')
+        if column not in have:
+            raise BadInput(
+                f'{name} has no column of strings named {column}; it has: {", ".join(have)}; say which '
+                'with --text_column'
+            )
     return rows.select_columns(list(columns)) if rows.column_names else rows
 
+
 def hub_rows(path: str, subset: str | None):
-    "The rows of the newest version of a dataset of the hub, and which that is: it stays the same after a kill."
+    """The rows of the newest version of a dataset of the hub, and which that is: it stays the same after a
+    kill.
+    """
     import datasets, huggingface_hub
+
     try:
         version = None if Path(path).exists() else huggingface_hub.HfApi().dataset_info(path).sha
         return datasets.load_dataset(path, subset, split='train', streaming=True, revision=version), version
-    except Exception as e:                                              # each library on the way has its own
-        raise BadInput(f'{path} is no file or folder here, and the Hugging Face hub does not give it: '
-                       f'{(str(e).strip() or type(e).__name__).splitlines()[0]}') from None
+    except Exception as e:  # each library on the way has its own
+        raise BadInput(
+            f'{path} is no file or folder here, and the Hugging Face hub does not give it: '
+            f'{(str(e).strip() or type(e).__name__).splitlines()[0]}'
+        ) from None
+
 
 def nanogpts_split():
-    "Whether nanoGPT holds a document of OpenWebText out, by its number: 4,007 of 8,013,769, drawn as `datasets` does."
+    """Whether nanoGPT holds a document of OpenWebText out, by its number: 4,007 of 8,013,769, drawn as
+    `datasets` does.
+    """
     drawn = np.random.default_rng(2357).permutation(8_013_769)[:4007]
     held_out = set(drawn.tolist())
     return lambda d: int(d.name.rsplit(':', 1)[1]) in held_out
@@ -419,15 +629,24 @@ def nanogpts_split():
 def saved(path: str) -> bool:
     "Whether `datasets` has saved a dataset in this folder."
     folder = Path(path)
-    return (folder/'dataset_dict.json').is_file() or (folder/'state.json').is_file() and (folder/'dataset_info.json').is_file()
+    return (
+        (folder / 'dataset_dict.json').is_file()
+        or (folder / 'state.json').is_file()
+        and (folder / 'dataset_info.json').is_file()
+    )
+
 
 def saved_rows(path: str):
     "The rows of what `datasets` saved, of several splits those of train, and which version it is."
     import datasets
+
     try:
         found = datasets.load_from_disk(path)
-        if hasattr(found, 'keys') and 'train' in found: found = found['train']
+        if hasattr(found, 'keys') and 'train' in found:
+            found = found['train']
         return found.to_iterable_dataset(), found._fingerprint
     except Exception as e:
-        raise BadInput(f'{path} holds no dataset with a split named train that can be read '
-                       f'({(str(e).strip() or type(e).__name__).splitlines()[0]})') from None
+        raise BadInput(
+            f'{path} holds no dataset with a split named train that can be read '
+            f'({(str(e).strip() or type(e).__name__).splitlines()[0]})'
+        ) from None

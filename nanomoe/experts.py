@@ -22,11 +22,15 @@ from .router import Routing, make_router
 
 # %% ../nbs/03_experts.ipynb #activation
 def activate(x: Tensor, kind: str) -> Tensor:
-    "GELU, exact or in GPT-2's tanh approximation (1606.08415); SwiGLU (2002.05202) halves the last dimension."
+    """GELU, exact or in GPT-2's tanh approximation (1606.08415).
+
+    SwiGLU (2002.05202) halves the last dimension.
+    """
     if kind == 'swiglu':
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
     return F.gelu(x, approximate='tanh' if kind == 'gelu_tanh' else 'none')
+
 
 def n_inputs(width: int, kind: str) -> int:
     "Columns of an expert's first matrix: its hidden width, twice that where one half gates the other."
@@ -35,6 +39,7 @@ def n_inputs(width: int, kind: str) -> int:
 # %% ../nbs/03_experts.ipynb #mlp
 class MLP(nn.Module):
     "Two linear layers and an activation, x (…, C) -> (…, C): a dense block's MLP, and what each expert is."
+
     def __init__(self, cfg: ModelConfig, width: int | None = None):
         super().__init__()
         width = width or 4 * cfg.n_embd
@@ -49,14 +54,18 @@ class MLP(nn.Module):
 def by_slices(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     "Rows x (M, in) times each one's matrix of w (E, in, out), expert by expert: (M, out)."
     out, sizes = x.new_empty(len(x), w.size(2)), ends.diff(prepend=ends.new_zeros(1)).tolist()
-    for rows, matrix, result in zip(x.split(sizes), w, out.split(sizes)): torch.mm(rows, matrix, out=result)
+    for rows, matrix, result in zip(x.split(sizes), w, out.split(sizes)):
+        torch.mm(rows, matrix, out=result)
     return out
+
 
 def outer_by_slices(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     "The sum over each expert's rows of x (M, in) times y (M, out): (E, in, out)."
     out, sizes = x.new_empty(len(ends), x.size(1), y.size(1)), ends.diff(prepend=ends.new_zeros(1)).tolist()
-    for rows, others, result in zip(x.split(sizes), y.split(sizes), out): torch.mm(rows.T, others, out=result)
+    for rows, others, result in zip(x.split(sizes), y.split(sizes), out):
+        torch.mm(rows.T, others, out=result)
     return out
+
 
 def by_grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     "`by_slices` in one kernel, any width; `bmm` with gathered weights if M ≤ E, as in decoding."
@@ -64,15 +73,21 @@ def by_grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
         expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
         return torch.bmm(x.unsqueeze(1), w.index_select(0, expert)).squeeze(1)
     inner, outer = missing(x, w.size(1)), missing(x, w.size(2))
-    return F.grouped_mm(widened(x, 0, inner), widened(w, inner, outer), offs=ends)[:, :w.size(2)].contiguous()
+    return F.grouped_mm(widened(x, 0, inner), widened(w, inner, outer), offs=ends)[
+        :, : w.size(2)
+    ].contiguous()
+
 
 def outer_by_grouped_mm(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     "The same as `outer_by_slices` in one kernel, of any width."
     inner, outer = missing(x, x.size(1)), missing(x, y.size(1))
     out = F.grouped_mm(widened(x, 0, inner).mT, widened(y, 0, outer), offs=ends)
-    return out[:, :x.size(1), :y.size(1)].contiguous()
+    return out[:, : x.size(1), : y.size(1)].contiguous()
 
-def missing(x: Tensor, width: int) -> int: return -width % (16 // x.element_size())     # to whole 16 bytes
+
+def missing(x: Tensor, width: int) -> int:
+    return -width % (16 // x.element_size())  # to whole 16 bytes
+
 
 def widened(x: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
@@ -80,32 +95,46 @@ def widened(x: Tensor, rows: int, columns: int) -> Tensor:
 # %% ../nbs/03_experts.ipynb #grouped-operator
 @torch.library.custom_op('nanomoe::grouped_product', mutates_args=())
 def grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """Rows x (M, in) times each one's matrix of w (E, in, out): (M, out); expert e's rows end at ends[e] (int32).
+    """Rows x (M, in) times each one's matrix of w (E, in, out): (M, out); expert e's rows end at ends[e]
+    (int32).
 
     An operator of its own, so that `torch.compile` takes it whole.
     """
     return (by_grouped_mm if x.is_cuda else by_slices)(x, w, ends)
 
+
 @torch.library.custom_op('nanomoe::grouped_outer', mutates_args=())
 def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    "The gradient of the experts' matrices: the sum over each one's rows of x (M, in) times y (M, out), (E, in, out)."
+    """The gradient of the experts' matrices: the sum over each one's rows of x (M, in) times y (M, out), (E,
+    in, out).
+    """
     return (outer_by_grouped_mm if x.is_cuda else outer_by_slices)(x, y, ends)
 
+
 @grouped_product.register_fake
-def _(x, w, ends): return x.new_empty(x.size(0), w.size(2))
+def _(x, w, ends):
+    return x.new_empty(x.size(0), w.size(2))
+
 
 @grouped_outer.register_fake
-def _(x, y, ends): return x.new_empty(ends.size(0), x.size(1), y.size(1))
+def _(x, y, ends):
+    return x.new_empty(ends.size(0), x.size(1), y.size(1))
+
 
 def _gradients(ctx, grad):
     x, w, ends = ctx.saved_tensors
     grad = grad.contiguous()
     return grouped_product(grad, w.mT, ends), grouped_outer(x, grad, ends), None
 
-grouped_product.register_autograd(_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+grouped_product.register_autograd(
+    _gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
 
 @register_flop_formula([torch.ops.nanomoe.grouped_product, torch.ops.nanomoe.grouped_outer])
-def _(x_shape, other_shape, ends_shape, **kwargs) -> int: return 2 * math.prod(x_shape) * other_shape[-1]
+def _(x_shape, other_shape, ends_shape, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * other_shape[-1]
 
 # %% ../nbs/03_experts.ipynb #two-layers
 class AddBias(torch.autograd.Function):
@@ -113,6 +142,7 @@ class AddBias(torch.autograd.Function):
 
     The gradient of b is a grouped product; a bfloat16 scatter-add saturates (256 + 1 = 256).
     """
+
     @staticmethod
     def forward(ctx, y: Tensor, b: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(ends)
@@ -120,28 +150,49 @@ class AddBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ends, = ctx.saved_tensors
-        return grad, grouped_outer(grad.new_ones(len(grad), 1), grad.contiguous(), ends).squeeze(1), None, None
+        (ends,) = ctx.saved_tensors
+        return (
+            grad,
+            grouped_outer(grad.new_ones(len(grad), 1), grad.contiguous(), ends).squeeze(1),
+            None,
+            None,
+        )
 
-def two_layers(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, activation: str,
-               ends: Tensor | None = None) -> Tensor:
-    "All experts on queues (E, S, C); or each on its rows of x (M, C), sorted by expert, that end at `ends` (E,)."
+
+def two_layers(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    ends: Tensor | None = None,
+) -> Tensor:
+    """All experts on queues (E, S, C).
+
+    Or each on its rows of x (M, C), sorted by expert, that end at `ends` (E,).
+    """
     expert = None
-    if ends is not None and b_in is not None:                           # (M,) whose bias each row gets
+    if ends is not None and b_in is not None:  # (M,) whose bias each row gets
         rows = torch.arange(len(x), device=x.device, dtype=ends.dtype)
         expert = torch.searchsorted(ends, rows, right=True)
+
     def layer(x, w, b):
-        if ends is None: return x @ w if b is None else x @ w + b
+        if ends is None:
+            return x @ w if b is None else x @ w + b
         y = grouped_product(x, w, ends)
         return y if b is None else AddBias.apply(y, b.squeeze(1), expert, ends)
+
     return layer(activate(layer(x, w_in, b_in), activation), w_out, b_out)
 
 # %% ../nbs/03_experts.ipynb #experts
 class Experts(nn.Module):
-    """E MLPs as stacked weights, so that an expert without tokens still has a (zero) gradient on every process.
+    """E MLPs as stacked weights, so that an expert without tokens still has a (zero) gradient on every
+    process.
 
     They hold no numbers yet: `model.initialise` draws them, those of a layer on its own too.
     """
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         E, C, width = cfg.n_experts, cfg.n_embd, cfg.expert_width or 4 * cfg.n_embd
@@ -153,17 +204,23 @@ class Experts(nn.Module):
         self.proj_bias = nn.Parameter(torch.zeros(E, 1, C)) if cfg.bias else None
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
-        "Queues (E, S, C) -> (E, S, C); or rows (M, C) sorted by expert, of which expert e's end at ends[e] (int32)."
-        weights = [w if w is None else w.to(x.dtype)
-                   for w in (self.c_fc, self.fc_bias, self.c_proj, self.proj_bias)]
+        """Queues (E, S, C) -> (E, S, C).
+
+        Or rows (M, C) sorted by expert, of which expert e's end at ends[e] (int32).
+        """
+        weights = [
+            w if w is None else w.to(x.dtype) for w in (self.c_fc, self.fc_bias, self.c_proj, self.proj_bias)
+        ]
         return F.dropout(two_layers(x, *weights, self.activation, ends), self.dropout, self.training)
 
 # %% ../nbs/03_experts.ipynb #take-rows
 class TakeRows(torch.autograd.Function):
     """x[rows] along the first dimension, where `rows` (M,) holds each row of x exactly k times.
 
-    `places` (k per row of x) is where each row went, so the gradient is a gather too: no scatter, and deterministic.
+    `places` (k per row of x) is where each row went, so the gradient is a gather too: no scatter, and
+    deterministic.
     """
+
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, places: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(places)
@@ -172,14 +229,17 @@ class TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        places, = ctx.saved_tensors
+        (places,) = ctx.saved_tensors
         return grad.index_select(0, places).view(-1, ctx.k, grad.size(-1)).sum(1), None, None, None
 
+
 class WeighRows(torch.autograd.Function):
-    """Sum over k of gates[n, k] · y[back[n, k]]: each token's K results, brought back, weighed and added up at once.
+    """Sum over k of gates[n, k] · y[back[n, k]]: each token's K results, brought back, weighed and added up
+    at once.
 
     y (N·K, C) is sorted by expert: its row i is the choice order[i] = n·K + k, and `back` (N·K,) the inverse.
     """
+
     @staticmethod
     def forward(ctx, y: Tensor, gates: Tensor, order: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(y, gates, order, back)
@@ -189,52 +249,59 @@ class WeighRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         y, gates, order, back = ctx.saved_tensors
         wide = torch.promote_types(y.dtype, torch.float32)
-        each = grad.index_select(0, order // gates.size(1))             # (N·K, C) what comes back to each result
+        each = grad.index_select(0, order // gates.size(1))  # (N·K, C) what comes back to each result
         to_gates = (y * each).sum(-1, dtype=wide).index_select(0, back).view_as(gates)
         weight = gates.flatten().index_select(0, order).unsqueeze(1)
         return each.mul_(weight.to(each.dtype)), to_gates.to(gates.dtype), None, None
 
 # %% ../nbs/03_experts.ipynb #dropless
 def dropless(experts: Experts, x: Tensor, r: Routing) -> Tensor:
-    "Sort the choices of x (N, C) by expert, run each expert on its rows, bring the results back and weigh them."
+    """Sort the choices of x (N, C) by expert, run each expert on its rows, bring the results back and weigh
+    them.
+    """
     (N, K), E = r.expert_ids.shape, r.probs.size(1)
-    by_expert, order = r.expert_ids.flatten().int().sort(stable=True)   # (N·K,); int32 halves a radix sort
+    by_expert, order = r.expert_ids.flatten().int().sort(stable=True)  # (N·K,); int32 halves a radix sort
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(N * K, device=x.device))
     numbers = torch.arange(E, dtype=torch.int32, device=x.device)
     ends = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
-    y = experts(TakeRows.apply(x, order // K, back, K), ends)           # (N·K, C)
+    y = experts(TakeRows.apply(x, order // K, back, K), ends)  # (N·K, C)
     return WeighRows.apply(y, r.gates, order, back)
 
 # %% ../nbs/03_experts.ipynb #queued
-def queued(experts: Experts, x: Tensor, r: Routing, cfg: ModelConfig, factor: float, n_rows: int) -> tuple[Tensor, Routing]:
+def queued(
+    experts: Experts, x: Tensor, r: Routing, cfg: ModelConfig, factor: float, n_rows: int
+) -> tuple[Tensor, Routing]:
     "Run the experts on queues of x (N, C), `factor` fair shares long: the results (N, C) and who was kept."
-    E, groups = cfg.n_experts, n_rows if cfg.capacity_over == 'sequence' else 1     # of tokens that share queues
+    E, groups = cfg.n_experts, n_rows if cfg.capacity_over == 'sequence' else 1  # of tokens that share queues
     n = len(x) // groups
     capacity = expert_capacity(n, E, cfg.top_k, factor, cfg.min_capacity)
-    if capacity >= n:                                                   # no queue can be full, so there need be none
+    if capacity >= n:  # no queue can be full, so there need be none
         return dropless(experts, x, r), r._replace(kept=torch.ones_like(r.expert_ids, dtype=torch.bool))
     group = torch.arange(len(x), device=x.device).unsqueeze(1) // n
     slots = assign_slots(r.expert_ids * groups + group, E * groups, capacity, cfg.priority, r.gates)
-    inputs = dispatch(x, slots, E * groups)                             # (E·G, S, C)
-    y = experts(inputs.view(E, groups * capacity, -1))                  # (E, G·S, C)
+    inputs = dispatch(x, slots, E * groups)  # (E·G, S, C)
+    y = experts(inputs.view(E, groups * capacity, -1))  # (E, G·S, C)
     return combine(y, r.gates, slots), r._replace(kept=slots.kept)
 
 # %% ../nbs/03_experts.ipynb #taken
 def taken(experts: Experts, x: Tensor, r: Routing, size: int) -> Tensor:
-    "Run each expert on the `size` tokens of x (N, C) that it took, and add the results up where they came from."
-    mask = torch.zeros_like(r.kept).scatter(1, r.expert_ids, r.kept)                # (N, E)
-    tokens = mask.T.to(torch.uint8).sort(descending=True, stable=True).indices[:, :size]      # (E, S), in order
-    gates = r.probs.T.gather(1, tokens).unsqueeze(-1)                   # (E, S, 1)
-    y = experts(x.index_select(0, tokens.flatten()).view(*tokens.shape, -1))        # (E, S, C)
+    """Run each expert on the `size` tokens of x (N, C) that it took, and add the results up where they came
+    from.
+    """
+    mask = torch.zeros_like(r.kept).scatter(1, r.expert_ids, r.kept)  # (N, E)
+    tokens = mask.T.to(torch.uint8).sort(descending=True, stable=True).indices[:, :size]  # (E, S), in order
+    gates = r.probs.T.gather(1, tokens).unsqueeze(-1)  # (E, S, 1)
+    y = experts(x.index_select(0, tokens.flatten()).view(*tokens.shape, -1))  # (E, S, C)
     return torch.zeros_like(x).index_add(0, tokens.flatten(), (y * gates.to(y.dtype)).flatten(0, 1))
 
 # %% ../nbs/03_experts.ipynb #moe
 class MoE(nn.Module):
     """A mixture of experts in place of an MLP: x (B, T, C) -> (same shape, its `Routing`).
 
-    Dropless unless a capacity factor is set; then each expert takes the first S choices of its queue. Shared experts
-    (2401.06066 §3.2) read every token, as one MLP. Hash routing needs the token `ids` (B, T).
+    Dropless unless a capacity factor is set; then each expert takes the first S choices of its queue. Shared
+    experts (2401.06066 §3.2) read every token, as one MLP. Hash routing needs the token `ids` (B, T).
     """
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg, self.router, self.experts = cfg, make_router(cfg), Experts(cfg)
@@ -242,12 +309,17 @@ class MoE(nn.Module):
         self.shared = MLP(cfg, shared) if shared else None
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-        tokens = x.reshape(-1, x.size(-1))                              # (N, C)
+        tokens = x.reshape(-1, x.size(-1))  # (N, C)
         routing, device = self.router(tokens, ids), x.device.type
-        if torch.is_autocast_enabled(device): tokens = tokens.to(torch.get_autocast_dtype(device))
+        if torch.is_autocast_enabled(device):
+            tokens = tokens.to(torch.get_autocast_dtype(device))
         factor = self.cfg.capacity_factor if self.training else self.cfg.eval_capacity_factor
-        if self.cfg.router == 'expert_choice': y = taken(self.experts, tokens, routing, self.router.n_taken(len(tokens)))
-        elif factor is None: y = dropless(self.experts, tokens, routing)
-        else: y, routing = queued(self.experts, tokens, routing, self.cfg, factor, len(x))
-        if self.shared: y = y + self.shared(tokens)
+        if self.cfg.router == 'expert_choice':
+            y = taken(self.experts, tokens, routing, self.router.n_taken(len(tokens)))
+        elif factor is None:
+            y = dropless(self.experts, tokens, routing)
+        else:
+            y, routing = queued(self.experts, tokens, routing, self.cfg, factor, len(x))
+        if self.shared:
+            y = y + self.shared(tokens)
         return y.view(x.shape), routing

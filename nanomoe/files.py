@@ -20,29 +20,37 @@ def home() -> Path:
     here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
     for start in (Path.cwd(), here):
         for folder in (start, *start.parents):
-            if (folder/'settings.ini').exists(): return folder
+            if (folder / 'settings.ini').exists():
+                return folder
     return Path.cwd()
+
 
 def resolve(path: str | Path) -> Path:
     "`data/…` and `out/…` are taken from `home()`; any other path as it is."
     path = Path(path)
-    return home()/path if path.parts[:1] in (('data',), ('out',)) else path.expanduser()
+    return home() / path if path.parts[:1] in (('data',), ('out',)) else path.expanduser()
 
 # %% ../nbs/32_files.ipynb #say
 def say(words: str, to=None):
     "A line on the terminal, or on stderr; a full disk behind it does not end a run."
-    with suppress(OSError): print(words, file=to or sys.stdout, flush=True)
+    with suppress(OSError):
+        print(words, file=to or sys.stdout, flush=True)
+
 
 @contextmanager
 def unheard():
     "What a library writes to stderr past Python, such as a panic of Rust's, goes nowhere."
-    if sys.__stderr__ is None: yield; return                            # closed: 2 is some other file by now
+    if sys.__stderr__ is None:
+        yield
+        return  # closed: 2 is some other file by now
     heard, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
-    try: yield
+    try:
+        yield
     finally:
         os.dup2(heard, 2)
-        os.close(heard); os.close(nowhere)
+        os.close(heard)
+        os.close(nowhere)
 
 # %% ../nbs/32_files.ipynb #sealed
 def seal(content: dict) -> str:
@@ -50,15 +58,20 @@ def seal(content: dict) -> str:
     rest = {key: value for key, value in content.items() if key != 'seal'}
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
+
 def sealed(content: dict) -> dict:
     "The object with its seal."
     return content | {'seal': seal(content)}
 
+
 def read_sealed(path: Path) -> dict:
     "The JSON object in a file; raises `BadInput` unless it is what was written."
-    try: content = json.loads(path.read_bytes())
-    except OSError as e: raise BadInput(f'{path} cannot be read: {e.strerror}') from None
-    except (ValueError, RecursionError): content = None
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as e:
+        raise BadInput(f'{path} cannot be read: {e.strerror}') from None
+    except (ValueError, RecursionError):
+        content = None
     if isinstance(content, dict) and 'seal' not in content:
         raise BadInput(f'{path} has no seal: another version or another program wrote it')
     if not isinstance(content, dict) or content['seal'] != seal(content):
@@ -69,32 +82,42 @@ def read_sealed(path: Path) -> dict:
 def fsync(path: Path):
     "Wait until the file or folder is on disk."
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 def sha256(path: Path) -> str:
     "Digest of a file, in hexadecimal."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/32_files.ipynb #put-in-place
 def put_in_place(made: Path, folder: Path):
     "Give a finished folder its name. What stood there moves aside first: a kill at any moment loses neither."
     put_back(folder)
-    if folder.exists(): os.replace(folder, folder.with_name(f'.{folder.name}.replaced'))
+    if folder.exists():
+        os.replace(folder, folder.with_name(f'.{folder.name}.replaced'))
     os.replace(made, folder)
     put_back(folder)
+
 
 def put_back(folder: Path):
     "What was moved aside gets its name back if nothing newer has it; else it is removed."
     aside = folder.with_name(f'.{folder.name}.replaced')
-    if aside.exists() and folder.exists(): shutil.rmtree(aside)
-    elif aside.exists(): os.replace(aside, folder)
+    if aside.exists() and folder.exists():
+        shutil.rmtree(aside)
+    elif aside.exists():
+        os.replace(aside, folder)
 
 # %% ../nbs/32_files.ipynb #log
 def cut_log(path: Path, step: int):
     "Leave out the lines after `step` and a last one cut off by a crash; the file is replaced at once."
     whole = ''.join(line + '\n' for line, row in log_lines(path) if row['step'] <= step)
-    if not path.exists() or path.read_bytes() != whole.encode(): write_whole(path, whole)
+    if not path.exists() or path.read_bytes() != whole.encode():
+        write_whole(path, whole)
+
 
 def write_whole(path: Path, text: str):
     "Give a file this content at once; raises `OSError`, and leaves it as it was, where that cannot be done."
@@ -102,68 +125,106 @@ def write_whole(path: Path, text: str):
     try:
         made.write_text(text)
         os.replace(made, path)
-    finally: made.unlink(missing_ok=True)
+    finally:
+        made.unlink(missing_ok=True)
+
 
 class Log:
-    "A growing file of JSON lines, such as a run's log.jsonl; `parse` makes a row of a line's object, or raises `ValueError`."
+    """A growing file of JSON lines, such as a run's log.jsonl.
+
+    `parse` makes a row of a line's object, or raises `ValueError`.
+    """
+
     def __init__(self, path: Path, parse: Callable[[dict], dict] | None = None):
         self.path, self.parse, self.rows, self.at, self.number = path, parse or numbers, [], 0, 0
 
     def read(self) -> list[dict]:
         "All complete lines so far; only what is new is read, unless the file was cut."
-        if not self.path.exists(): self.rows, self.at, self.number = [], 0, 0
+        if not self.path.exists():
+            self.rows, self.at, self.number = [], 0, 0
         else:
             with open(self.path, 'rb') as f:
-                if os.fstat(f.fileno()).st_size < self.at: self.rows, self.at, self.number = [], 0, 0
+                if os.fstat(f.fileno()).st_size < self.at:
+                    self.rows, self.at, self.number = [], 0, 0
                 f.seek(self.at)
                 new = f.read()
-            lines = new[:new.rfind(b'\n') + 1].split(b'\n')[:-1]
+            lines = new[: new.rfind(b'\n') + 1].split(b'\n')[:-1]
             rows = [log_row(line, self.parse) for line in lines]
-            if self.at and rows and (rows[0] is None or self.rows and rows[0]['step'] < self.rows[-1]['step']):
-                self.rows, self.at, self.number = [], 0, 0      # cut and grown again: this may be the middle of a line
+            if (
+                self.at
+                and rows
+                and (rows[0] is None or self.rows and rows[0]['step'] < self.rows[-1]['step'])
+            ):
+                # cut and grown again: this may be the middle of a line
+                self.rows, self.at, self.number = ([], 0, 0)
                 return self.read()
             for n, (line, row) in enumerate(zip(lines, rows), self.number + 1):
-                if line and row is None: say(f'{self.path} line {n} cannot be read and is left out', sys.stderr)
+                if line and row is None:
+                    say(f'{self.path} line {n} cannot be read and is left out', sys.stderr)
             self.rows = self.rows + [row for row in rows if row is not None]
             self.at, self.number = self.at + new.rfind(b'\n') + 1, self.number + len(lines)
         return self.rows
 
+
 def log_row(line: bytes, parse: Callable[[dict], dict]) -> dict | None:
     "A line's row, which names its step, or None where it holds none."
-    try: row = json.loads(line)
-    except (ValueError, RecursionError): return None
-    if not isinstance(row, dict) or type(row.get('step')) is not int: return None
-    try: return parse(row)
-    except (ValueError, RecursionError): return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get('step')) is not int:
+        return None
+    try:
+        return parse(row)
+    except (ValueError, RecursionError):
+        return None
+
 
 def numbers(value):
-    "Numbers, also in lists of equal shape and in dictionaries, with NaN for None; raises `ValueError` for anything else."
-    if value is None: return math.nan
-    if type(value) is float or type(value) is int and abs(value) < 2**63: return value
-    if isinstance(value, dict): return {key: numbers(part) for key, part in value.items()}
-    if not isinstance(value, list): raise ValueError(f'no number: {value!r:.50}')
+    """Numbers, also in lists of equal shape and in dictionaries, with NaN for None.
+
+    Raises `ValueError` for anything else.
+    """
+    if value is None:
+        return math.nan
+    if type(value) is float or type(value) is int and abs(value) < 2**63:
+        return value
+    if isinstance(value, dict):
+        return {key: numbers(part) for key, part in value.items()}
+    if not isinstance(value, list):
+        raise ValueError(f'no number: {value!r:.50}')
     parts = [numbers(part) for part in value]
-    if len({len(part) if isinstance(part, list | dict) else -1 for part in parts}) > 1: raise ValueError('parts of unequal length')
-    if any(isinstance(part, dict) for part in parts): raise ValueError('a dictionary in a list')
+    if len({len(part) if isinstance(part, list | dict) else -1 for part in parts}) > 1:
+        raise ValueError('parts of unequal length')
+    if any(isinstance(part, dict) for part in parts):
+        raise ValueError('a dictionary in a list')
     return parts
+
 
 def log_lines(path: str | Path) -> list[tuple[str, dict]]:
     "The sound lines of a log, each as it stands there and as what it says."
     rows, lines = [], Path(path).read_bytes().split(b'\n') if Path(path).exists() else []
-    for number, line in enumerate(lines[:-1], 1):         # behind the last line's end is one that is not whole
-        try: row = json.loads(line)
-        except (ValueError, RecursionError): row = None
-        if isinstance(row, dict) and type(row.get('step')) is int: rows.append((line.decode(), row))
-        elif line: say(f'{path} line {number} cannot be read and is left out', sys.stderr)
+    for number, line in enumerate(lines[:-1], 1):  # behind the last line's end is one that is not whole
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get('step')) is int:
+            rows.append((line.decode(), row))
+        elif line:
+            say(f'{path} line {number} cannot be read and is left out', sys.stderr)
     return rows
 
 # %% ../nbs/32_files.ipynb #lines-file
 class Lines:
     "A file that grows by lines of JSON; those that a full disk refuses wait in memory for the next."
-    def __init__(self, path: Path): self.path, self.waiting = path, []
+
+    def __init__(self, path: Path):
+        self.path, self.waiting = path, []
 
     @property
-    def written(self) -> bool: return not self.waiting
+    def written(self) -> bool:
+        return not self.waiting
 
     def append(self, row: dict):
         self.waiting.append(json.dumps(finite(row), allow_nan=False) + '\n')
@@ -173,15 +234,22 @@ class Lines:
         "Try to write what waits, with `sync` through to the disk; what is refused goes on waiting."
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with open(self.path, 'a') as f: f.write(''.join(self.waiting))
-            if sync: fsync(self.path)
+            with open(self.path, 'a') as f:
+                f.write(''.join(self.waiting))
+            if sync:
+                fsync(self.path)
             self.waiting.clear()
         except OSError as e:
-            with suppress(OSError): os.truncate(self.path, size)         # of what went through, some may be half a line
-            if len(self.waiting) == 1: say(f'{self.path} cannot be written ({e}); its lines wait', sys.stderr)
+            with suppress(OSError):
+                os.truncate(self.path, size)  # of what went through, some may be half a line
+            if len(self.waiting) == 1:
+                say(f'{self.path} cannot be written ({e}); its lines wait', sys.stderr)
+
 
 def finite(value):
     "The value with None in place of NaN and infinities."
-    if isinstance(value, dict): return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple): return [*map(finite, value)]
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(finite, value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,60 +20,80 @@ from .router import Routing, expert_counts
 def routing_stats(routings: tuple[Routing, ...], cfg: ModelConfig) -> Tensor:
     """Sums over the tokens of a micro-batch, one row per MoE layer, (L, E+4) float32.
 
-    Choices of each expert; then choices dropped, or E for each token that no expert took; the router's entropy in
-    nats; its margin, by how much the least of the chosen beats the best of the others; its mean squared logit.
+    Choices of each expert; then choices dropped, or E for each token that no expert took; the router's
+    entropy in nats; its margin, by how much the least of the chosen beats the best of the others; its mean
+    squared logit.
     """
     rows, E = [], cfg.n_experts
     for r in routings:
         counts, probs, none = expert_counts(r, E), r.probs.detach(), r.probs.new_zeros(())
         dropped = none if r.kept is None else (~r.kept).sum().float()
-        if cfg.router == 'expert_choice':                               # every column is one of E offers
+        if cfg.router == 'expert_choice':  # every column is one of E offers
             counts = counts.new_zeros(E).index_add_(0, r.expert_ids.flatten(), r.kept.flatten().float())
             dropped = E * (~r.kept).all(-1).sum().float()
         rest = probs.scatter(-1, r.expert_ids, 0.0).amax(-1)
         margin = (probs.gather(-1, r.expert_ids).amin(-1) - rest).sum()
-        figures = [dropped, torch.special.entr(probs).sum(), margin, r.logits.detach().square().mean(-1).sum()]
+        figures = [
+            dropped,
+            torch.special.entr(probs).sum(),
+            margin,
+            r.logits.detach().square().mean(-1).sum(),
+        ]
         rows.append(torch.cat([counts, torch.stack(figures)]))
     return torch.stack(rows) if rows else torch.zeros(0, E + 4)
 
 # %% ../nbs/38_metrics.ipynb #health
 class Health(NamedTuple):
     "How each MoE layer is doing, one entry per layer"
-    busiest: list[float]        # largest share of an expert, in fair shares
-    idlest: list[float]         # smallest share, in fair shares
-    dead: list[int]             # experts that nobody chose
-    drop_rate: list[float]      # share of choices dropped, 0-1; with expert choice of tokens nobody took
-    entropy: list[float]        # of the router's probabilities, nats, mean over tokens
-    margin: list[float]         # probability of the least chosen minus that of the best other, mean over tokens
-    logit_rms: list[float]      # root mean square of the router's logits
+
+    busiest: list[float]  # largest share of an expert, in fair shares
+    idlest: list[float]  # smallest share, in fair shares
+    dead: list[int]  # experts that nobody chose
+    drop_rate: list[float]  # share of choices dropped, 0-1; with expert choice of tokens nobody took
+    entropy: list[float]  # of the router's probabilities, nats, mean over tokens
+    margin: list[float]  # probability of the least chosen minus that of the best other, mean over tokens
+    logit_rms: list[float]  # root mean square of the router's logits
+
 
 def health(stats: Tensor, n_tokens: int, n_choices: int) -> Health:
-    "The figures of summed `routing_stats` (L, E+4), for `n_tokens` tokens that made `n_choices` choices each."
+    """The figures of summed `routing_stats` (L, E+4), for `n_tokens` tokens that made `n_choices` choices
+    each.
+    """
     load, (dropped, entropy, margin, square) = stats[:, :-4], stats[:, -4:].T / n_tokens
-    ratio = load / load.mean(-1, keepdim=True).clamp(min=1e-9)             # (L, E)
-    columns = (ratio.amax(-1), ratio.amin(-1), (load == 0).sum(-1), dropped / n_choices, entropy, margin, square.sqrt())
+    ratio = load / load.mean(-1, keepdim=True).clamp(min=1e-9)  # (L, E)
+    columns = (
+        ratio.amax(-1),
+        ratio.amin(-1),
+        (load == 0).sum(-1),
+        dropped / n_choices,
+        entropy,
+        margin,
+        square.sqrt(),
+    )
     return Health(*(column.tolist() for column in columns))
 
 # %% ../nbs/38_metrics.ipynb #record
 class Record(NamedTuple):
     "What one log line says; training figures are of the update that led to `step`, None where there was none"
-    step: int                       # updates done
-    tokens: int                     # targets trained on so far
-    ce: float | None                # nats per token, mean over the step's micro-batches
-    balance: float | None           # mean over layers
-    z: float | None                 # mean over layers
-    load: list[list[int]] | None    # (L, E) choices each expert got in the step
-    drop_rate: float | None         # share of choices dropped, 0-1
-    entropy: float | None           # of the router's probabilities, nats, mean over tokens and layers
-    health: Health | None           # per layer
-    grad_norm: float | None         # before clipping
+
+    step: int  # updates done
+    tokens: int  # targets trained on so far
+    ce: float | None  # nats per token, mean over the step's micro-batches
+    balance: float | None  # mean over layers
+    z: float | None  # mean over layers
+    load: list[list[int]] | None  # (L, E) choices each expert got in the step
+    drop_rate: float | None  # share of choices dropped, 0-1
+    entropy: float | None  # of the router's probabilities, nats, mean over tokens and layers
+    health: Health | None  # per layer
+    grad_norm: float | None  # before clipping
     lr: float
-    tok_per_s: float | None         # over all processes, since the last record
-    mfu: float | None               # share of the device's peak, 0-1
-    skipped: int                    # updates skipped so far because something was not finite
-    spikes: int                     # updates so far whose loss leapt far above its recent mean
-    val: dict                       # val_ce, val_bpb, … where evaluated, else empty
-    bpb: float | None = None        # ce in bits per byte, at the bytes that a token of the training text has on average
+    tok_per_s: float | None  # over all processes, since the last record
+    mfu: float | None  # share of the device's peak, 0-1
+    skipped: int  # updates skipped so far because something was not finite
+    spikes: int  # updates so far whose loss leapt far above its recent mean
+    val: dict  # val_ce, val_bpb, … where evaluated, else empty
+    # ce in bits per byte, at the bytes that a token of the training text has on average
+    bpb: float | None = None
 
     def row(self) -> dict:
         "As one flat line of log.jsonl, without what is None."
@@ -83,18 +103,23 @@ class Record(NamedTuple):
 # %% ../nbs/38_metrics.ipynb #level
 class Level(NamedTuple):
     "Where the loss usually is: its running mean and mean distance from it, in nats, after so many steps"
+
     mean: float = 0.0
     spread: float = 0.0
     steps: int = 0
-    spikes: int = 0     # steps so far whose loss was six spreads or more above the mean
+    spikes: int = 0  # steps so far whose loss was six spreads or more above the mean
 
     def after(self, ce: float) -> 'Level':
         "The level once a step's loss is known; a spike moves it only as far as the largest usual loss would."
         spike = self.steps >= 20 and ce > self.mean + 6 * self.spread
         ce = min(ce, self.mean + 6 * self.spread) if spike else ce
         rate = max(0.05, 1 / (self.steps + 1))
-        return Level(self.mean + rate * (ce - self.mean), self.spread + rate * (abs(ce - self.mean) - self.spread),
-                     self.steps + 1, self.spikes + spike)
+        return Level(
+            self.mean + rate * (ce - self.mean),
+            self.spread + rate * (abs(ce - self.mean) - self.spread),
+            self.steps + 1,
+            self.spikes + spike,
+        )
 
 # %% ../nbs/38_metrics.ipynb #read-log
 def read_log(path: str | Path) -> list[dict]:
@@ -104,19 +129,37 @@ def read_log(path: str | Path) -> list[dict]:
     """
     return Log(Path(path), log_numbers).read()
 
+
 def log_numbers(row: dict) -> dict:
-    "A line of a run's log, with NaN for None; raises `ValueError` where a figure has another shape than `Record` gives it."
+    """A line of a run's log, with NaN for None.
+
+    Raises `ValueError` where a figure has another shape than `Record` gives it.
+    """
     row = {key: numbers(value) for key, value in row.items()}
     load, health = row.get('load', []), row.get('health', {})
     by_expert = {key: value for key, value in row.items() if key.startswith('val_load_')}
-    if not isinstance(load, list) or not isinstance(health, dict): raise ValueError('no load or no health')
+    if not isinstance(load, list) or not isinstance(health, dict):
+        raise ValueError('no load or no health')
     for table in (load, *by_expert.values()):
-        if not isinstance(table, list) or not all(isinstance(layer, list) and layer and not isinstance(layer[0], list) for layer in table):
+        if not isinstance(table, list) or not all(
+            isinstance(layer, list) and layer and not isinstance(layer[0], list) for layer in table
+        ):
             raise ValueError('a load is a list of lists')
-        if load and (len(table), len(table[0])) != (len(load), len(load[0])): raise ValueError('loads of other layers or experts')
+        if load and (len(table), len(table[0])) != (len(load), len(load[0])):
+            raise ValueError('loads of other layers or experts')
     for layers in health.values():
-        if not isinstance(layers, list) or any(isinstance(n, list) for n in layers) or 'load' in row and len(layers) != len(load):
+        if (
+            not isinstance(layers, list)
+            or any(isinstance(n, list) for n in layers)
+            or 'load' in row
+            and len(layers) != len(load)
+        ):
             raise ValueError('the health of other layers')
-    lists = {key for key, value in row.items() if isinstance(value, list | dict)} - {'load', 'health', *by_expert}
-    if lists: raise ValueError(f'{", ".join(lists)} cannot be a list')
+    lists = {key for key, value in row.items() if isinstance(value, list | dict)} - {
+        'load',
+        'health',
+        *by_expert,
+    }
+    if lists:
+        raise ValueError(f'{", ".join(lists)} cannot be a list')
     return row

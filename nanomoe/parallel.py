@@ -28,17 +28,23 @@ def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
     "The device this process works on; raises `BadInput` when the machine has none of that name."
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try: device = torch.device(name)
+    try:
+        device = torch.device(name)
     except RuntimeError:
         raise BadInput(f'device must be auto, cpu, cuda, cuda:N or mps, got {name}') from None
     if device.type == 'cuda':
         here, n = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
-        if here > max(n, 1): raise BadInput(f'{here} processes on one machine need as many GPUs, and this one has {n}')
+        if here > max(n, 1):
+            raise BadInput(f'{here} processes on one machine need as many GPUs, and this one has {n}')
         if here > 1 and device.index is not None:
-            raise BadInput(f'device must be cuda without an index for {here} processes on one machine, got {name}')
-        if device.index is None: device = torch.device('cuda', local_rank)
-    has = {'cpu': 1, 'cuda': torch.cuda.device_count(),
-           'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
+            raise BadInput(
+                f'device must be cuda without an index for {here} processes on one machine, got {name}'
+            )
+        if device.index is None:
+            device = torch.device('cuda', local_rank)
+    has = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(
+        device.type, 0
+    )
     if (device.index or 0) >= has:
         raise BadInput(f'device {device} does not exist: this machine has {has} of that kind')
     return device
@@ -46,30 +52,47 @@ def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
 # %% ../nbs/11_parallel.ipynb #find-dtype
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
     "What matrix products are computed in; auto is bfloat16 where the hardware has it, else float32."
-    fast = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            'cpu': cpu_has_bfloat16}.get(device.type, lambda: False)
-    if name == 'auto': return torch.bfloat16 if fast() else torch.float32
+    fast = {
+        'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        'cpu': cpu_has_bfloat16,
+    }.get(device.type, lambda: False)
+    if name == 'auto':
+        return torch.bfloat16 if fast() else torch.float32
     if name == 'bfloat16' and device.type == 'cuda' and not fast():
         raise BadInput(f'dtype must be float16 or float32 on {device}, which has no bfloat16, got bfloat16')
     if name == 'float16' and device.type == 'cpu':
         raise BadInput('dtype must be float32 or bfloat16 on a CPU, got float16')
     return getattr(torch, name)
 
+
 def cpu_has_bfloat16() -> bool:
     "Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX); elsewhere it is slower than float32."
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 # %% ../nbs/11_parallel.ipynb #peak-flops
-_peaks = {'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200 NVL': 835e12, 'H100': 989e12, 'G?H200': 989e12, 'A100': 312e12,
-          'GB200': 2500e12, 'B200': 2250e12, 'L40S': 362e12, 'RTX 3090': 71e12, 'RTX 4090': 165e12}
+_peaks = {
+    'H100 PCIe': 756e12,
+    'H100 NVL': 835e12,
+    'H200 NVL': 835e12,
+    'H100': 989e12,
+    'G?H200': 989e12,
+    'A100': 312e12,
+    'GB200': 2500e12,
+    'B200': 2250e12,
+    'L40S': 362e12,
+    'RTX 3090': 71e12,
+    'RTX 4090': 165e12,
+}
+
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     "FLOP/s of dense products: the maker's figure for a known GPU in 16 bits, else the best of a few, timed."
     if device.type == 'cuda' and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, peak in _peaks.items():
-            if re.search(rf'\b{known}\b(?!.*(MIG|Laptop| D\b| Ti\b))', name): return peak
-    n = 8192 if device.type == 'cuda' else 1024                         # on a GPU, smaller ones time the launch
+            if re.search(rf'\b{known}\b(?!.*(MIG|Laptop| D\b| Ti\b))', name):
+                return peak
+    n = 8192 if device.type == 'cuda' else 1024  # on a GPU, smaller ones time the launch
     a = torch.randn(n, n, device=device).to(dtype)
     best, begun = math.inf, time.perf_counter()
     while best == math.inf or time.perf_counter() - begun < 0.1:
@@ -80,44 +103,57 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 # %% ../nbs/11_parallel.ipynb #keep-memory
 def keep_freed_memory():
-    "Let the C library of Linux keep freed memory for the next tensor: half of a step can otherwise go into page faults."
+    """Let the C library of Linux keep freed memory for the next tensor: half of a step can otherwise go into
+    page faults.
+    """
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: no separate mapping for a large tensor
-        libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 # %% ../nbs/11_parallel.ipynb #deterministic
 @contextmanager
 def deterministic(on: bool):
     """Bitwise-reproducible CUDA results inside the block if `on`; no effect otherwise.
 
-    Raises `BadInput` where CUDA has begun without CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once; it stays set.
+    Raises `BadInput` where CUDA has begun without CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once; it stays
+    set.
     """
     if not on:
         yield
         return
     if torch.cuda.is_initialized() and 'CUBLAS_WORKSPACE_CONFIG' not in os.environ:
-        raise BadInput('deterministic must be set before this process uses CUDA, '
-                       'or CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment')
+        raise BadInput(
+            'deterministic must be set before this process uses CUDA, '
+            'or CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment'
+        )
     import torch._inductor.config as inductor
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # fixed cuBLAS workspace
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # fixed cuBLAS workspace
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     filled, chosen = torch.utils.deterministic.fill_uninitialized_memory, inductor.deterministic
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False         # no code here reads uninitialised memory
-    inductor.deterministic = True                                       # no timing-based autotuning
-    try: yield
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no code here reads uninitialised memory
+    inductor.deterministic = True  # no timing-based autotuning
+    try:
+        yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory, inductor.deterministic = filled, chosen
 
 # %% ../nbs/11_parallel.ipynb #stop-request
 class StopRequest:
-    """Notes SIGINT, SIGTERM and SIGHUP for the run to look at after each update; the third one interrupts at once.
+    """Notes SIGINT, SIGTERM and SIGHUP for the run to look at after each update; the third one interrupts at
+    once.
 
-    Where the update takes longer than `patience` seconds after the first, `late` is called in a thread. Under nohup a
-    hang-up stays ignored, but for torchrun's processes: torchrun hands its own on and kills them after 30 s.
+    Where the update takes longer than `patience` seconds after the first, `late` is called in a thread. Under
+    nohup a hang-up stays ignored, but for torchrun's processes: torchrun hands its own on and kills them
+    after 30 s.
     """
+
     def __init__(self, late: Callable[[], None] = lambda: None, patience: float = 5.0):
         self.signals, self.before, self.timer = [], {}, threading.Timer(patience, late)
         self.timer.daemon = True
@@ -131,63 +167,86 @@ class StopRequest:
 
     def note(self, number, frame):
         self.signals.append(number)
-        if len(self.signals) == 1: self.timer.start()
-        if len(self.signals) > 2: raise KeyboardInterrupt
+        if len(self.signals) == 1:
+            self.timer.start()
+        if len(self.signals) > 2:
+            raise KeyboardInterrupt
 
     def __exit__(self, *exception):
         self.timer.cancel()
-        for s, handler in self.before.items(): signal.signal(s, handler)
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
 # %% ../nbs/11_parallel.ipynb #world
 class World(NamedTuple):
     "This process among its peers"
+
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device('cpu')
     beat: Callable[[], None] = lambda: None  # to be called whenever a stretch of work is done
 
     @property
-    def first(self) -> bool: return self.rank == 0
+    def first(self) -> bool:
+        return self.rank == 0
 
 # %% ../nbs/11_parallel.ipynb #heartbeat
 class Heartbeat:
-    """Ends this process when there was no progress for `timeout` seconds, and says which process the others wait for.
+    """Ends this process when there was no progress for `timeout` seconds, and says which process the others
+    wait for.
 
     `store` holds everyone's count of beats: torch.distributed's, where the processes have met.
     """
+
     def __init__(self, store, rank: int, size: int, timeout: float):
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.count, self.since, self.stopped = 0, math.inf, threading.Event()      # no clock before the first beat
+        # no clock before the first beat
+        self.count, self.since, self.stopped = (0, math.inf, threading.Event())
         self.tell()
         threading.Thread(target=self.watch, daemon=True).start()
 
-    def beat(self): self.count, self.since = self.count + 1, time.monotonic()
+    def beat(self):
+        self.count, self.since = self.count + 1, time.monotonic()
 
-    def tell(self): self.store.set(str(self.rank), f'{self.count} {os.getpid()} {socket.gethostname()}')
+    def tell(self):
+        self.store.set(str(self.rank), f'{self.count} {os.getpid()} {socket.gethostname()}')
 
     def watch(self):
-        "What the thread does: tell, and look at the clock. Where it was suspended itself, the clock begins anew."
+        """What the thread does: tell, and look at the clock. Where it was suspended itself, the clock begins
+        anew.
+        """
         pause, slept = min(self.timeout / 4, 5.0), time.monotonic()
         while not self.stopped.wait(pause):
             now = time.monotonic()
-            if now - slept > pause + self.timeout / 2: self.since = max(self.since, now)        # never begun: inf
-            with suppress(RuntimeError): self.tell()                    # without the store there is nobody to tell
+            if now - slept > pause + self.timeout / 2:
+                self.since = max(self.since, now)  # never begun: inf
+            with suppress(RuntimeError):
+                self.tell()  # without the store there is nobody to tell
             if now - self.since > self.timeout:
                 if words := self.verdict():
                     tell_launcher(words)
                     print(words, file=sys.stderr, flush=True)
-                else: time.sleep(self.timeout / 2)                      # for another process to say
+                else:
+                    time.sleep(self.timeout / 2)  # for another process to say
                 os._exit(1)
             slept = time.monotonic()
 
     def verdict(self) -> str:
         "Who stands still, or nothing where that is for another process to say."
-        end = f'come on for {self.timeout:.0f} seconds, so all end; the same command goes on from the last checkpoint'
-        try: told = [self.store.get(str(rank)).decode().split() for rank in range(self.size)]
-        except RuntimeError: return f'the process that holds the others together has gone, and process {self.rank} has not {end}'
+        end = (
+            f'come on for {self.timeout:.0f} seconds, so all end; the same command goes on from the last '
+            'checkpoint'
+        )
+        try:
+            told = [self.store.get(str(rank)).decode().split() for rank in range(self.size)]
+        except RuntimeError:
+            return (
+                f'the process that holds the others together has gone, and process {self.rank} has not {end}'
+            )
         counts = [int(count) for count, _, _ in told]
         late = [rank for rank, count in enumerate(counts) if count == min(counts)]
-        if len(late) < self.size and self.rank != min(set(range(self.size)) - set(late)): return ''
+        if len(late) < self.size and self.rank != min(set(range(self.size)) - set(late)):
+            return ''
         names = ' and '.join(f'process {rank} (pid {told[rank][1]} on {told[rank][2]})' for rank in late)
         who = f'none of the {self.size} processes has' if len(late) == self.size else f'{names} has not'
         return f'{who} {end}'
@@ -196,22 +255,26 @@ class Heartbeat:
 def launched_world(device: str = 'auto') -> World:
     "This process among those that torchrun started, by its environment, or alone; they have not met yet."
     found = find_device(device, int(os.environ.get('LOCAL_RANK', 0)))
-    if found.type == 'cuda': torch.cuda.set_device(found)
+    if found.type == 'cuda':
+        torch.cuda.set_device(found)
     rank = launched_rank()
     return World(device=found) if rank is None else World(rank, int(os.environ['WORLD_SIZE']), found)
+
 
 def roll_call(store, rank: int, size: int) -> str:
     """A name for this start on which all processes agree, whatever an earlier one left in the store.
 
-    Each puts up an id and the list of ids that it sees. When all lists are equal, everyone listed is here: the
-    list of a process that has gone cannot hold the id of one that came after it.
+    Each puts up an id and the list of ids that it sees. When all lists are equal, everyone listed is here:
+    the list of a process that has gone cannot hold the id of one that came after it.
     """
     me = uuid.uuid4().hex
     store.set(f'id {rank}', me)
     while True:
-        ids = [store.get(f'id {peer}').decode() for peer in range(size)]        # waits until there is one
+        ids = [store.get(f'id {peer}').decode() for peer in range(size)]  # waits until there is one
         store.set(f'list of {me}', ' '.join(ids))
-        if all(store.check([f'list of {i}']) and store.get(f'list of {i}').decode() == ' '.join(ids) for i in ids):
+        if all(
+            store.check([f'list of {i}']) and store.get(f'list of {i}').decode() == ' '.join(ids) for i in ids
+        ):
             return hashlib.sha256(' '.join(ids).encode()).hexdigest()[:16]
         time.sleep(0.05)
 
@@ -235,72 +298,104 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
         store = dist.PrefixStore(roll_call(store, *place), store)
     except (dist.DistError, ValueError) as e:
         where = ':'.join(os.environ.get(name, '?') for name in ('MASTER_ADDR', 'MASTER_PORT'))
-        raise BadInput(f'the processes cannot meet at {where} ({str(e).splitlines()[0]}); '
-                       'torchrun --standalone finds a free port') from None
+        raise BadInput(
+            f'the processes cannot meet at {where} ({str(e).splitlines()[0]}); '
+            'torchrun --standalone finds a free port'
+        ) from None
     name = usual if backend == 'auto' else backend
-    dist.init_process_group(name, store=store, rank=world.rank, world_size=world.size, timeout=ever,     # `Heartbeat` ends what hangs
-                            device_id=world.device if name == 'nccl' else None)        # NCCL initialises, and fails, here
+    # NCCL initialises, and fails, here
+    dist.init_process_group(
+        name,
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=ever,  # `Heartbeat` ends what hangs
+        device_id=world.device if name == 'nccl' else None,
+    )
     if hang_timeout and world.size > 1:
         heart = Heartbeat(dist.PrefixStore('heartbeat', store), world.rank, world.size, hang_timeout)
     failed = True
     try:
         yield world._replace(beat=heart.beat) if heart else world
         failed = False
-    except GeneratorExit:                                               # the caller stopped early, which is no error
+    except GeneratorExit:  # the caller stopped early, which is no error
         failed = False
         raise
-    finally:                                    # after an error keep the group: destroying it blocks, or fails other
-        if not failed or world.size == 1: dist.destroy_process_group()      # ranks before this error is printed
-        if heart: heart.stopped.set()
+    finally:  # after an error keep the group: destroying it blocks, or fails other
+        if not failed or world.size == 1:
+            dist.destroy_process_group()  # ranks before this error is printed
+        if heart:
+            heart.stopped.set()
 
 # %% ../nbs/11_parallel.ipynb #reduce
 def all_reduce(t: Tensor, op: str = 'sum') -> Tensor:
     "Sum, min or max of t over all processes, in place; t itself in a world of one."
-    if dist.is_initialized(): dist.all_reduce(t, op=getattr(dist.ReduceOp, op.upper()))
+    if dist.is_initialized():
+        dist.all_reduce(t, op=getattr(dist.ReduceOp, op.upper()))
     return t
+
 
 def share_gradients(model: torch.nn.Module, world: World) -> torch.nn.Module:
     "The model, averaging its gradients over all processes in every backward pass."
-    if world.size == 1: return model
+    if world.size == 1:
+        return model
     devices = [world.device] if world.device.type == 'cuda' else None
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)                  # torch 2.13 has a new name for the last knob
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
-                                       broadcast_buffers=False)         # all processes move them alike
+        warnings.simplefilter('ignore', FutureWarning)  # torch 2.13 has a new name for the last knob
+        # all processes move them alike
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
 
 def quietly(model: torch.nn.Module, last: bool):
     "A context in which gradients are only added up; the `last` micro-batch of a step averages them."
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
+
 def my_micro_batches(total: int, world: World) -> range:
     "Which of a step's micro-batches this process computes; raises `BadInput` unless they divide evenly."
     if total % world.size:
         near = sorted({max(1, total // world.size) * world.size, (total // world.size + 1) * world.size})
-        raise BadInput(f'gradient_accumulation_steps must be a multiple of the {world.size} processes, '
-                       f'such as {" or ".join(map(str, near))}, got {total}')
+        raise BadInput(
+            f'gradient_accumulation_steps must be a multiple of the {world.size} processes, '
+            f'such as {" or ".join(map(str, near))}, got {total}'
+        )
     return range(world.rank, total, world.size)
 
 # %% ../nbs/11_parallel.ipynb #feed
 class Feed:
-    """Prefetching loader: `feed[n]` returns `read(n)` on `device` while a thread reads the next `ahead` batches.
+    """Prefetching loader: `feed[n]` returns `read(n)` on `device` while a thread reads the next `ahead`
+    batches.
 
     The batches of one process are `stride` (the world size) apart; numbers from `stop` on are not prefetched.
     Out-of-order requests block but are correct. An exception in `read` is raised by its own `feed[n]`.
     """
-    def __init__(self, read: Callable[[int], tuple[Tensor, ...]], device: torch.device, stride: int = 1,
-                 stop: int | None = None, ahead: int = 2):
+
+    def __init__(
+        self,
+        read: Callable[[int], tuple[Tensor, ...]],
+        device: torch.device,
+        stride: int = 1,
+        stop: int | None = None,
+        ahead: int = 2,
+    ):
         self.read, self.device, self.stride, self.ahead = read, device, stride, ahead
         self.stop, self.coming, self.thread = stop, {}, ThreadPoolExecutor(1)
 
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
-        wanted = [n for n in range(number, number + (self.ahead + 1) * self.stride, self.stride)
-                  if n == number or self.stop is None or n < self.stop]
+        wanted = [
+            n
+            for n in range(number, number + (self.ahead + 1) * self.stride, self.stride)
+            if n == number or self.stop is None or n < self.stop
+        ]
         self.coming = {n: self.coming.get(n) or self.thread.submit(self.fetch, n) for n in wanted}
         return tuple(t.to(self.device, non_blocking=True) for t in self.coming.pop(number).result())
 
     def fetch(self, number: int) -> tuple[Tensor, ...]:
         "Batch `number`, pinned if the device is CUDA."
         batch = self.read(number)
-        if self.device.type != 'cuda': return batch
-        with torch.cuda.device(self.device):                            # the current device is per thread
+        if self.device.type != 'cuda':
+            return batch
+        with torch.cuda.device(self.device):  # the current device is per thread
             return tuple(t.contiguous().pin_memory() for t in batch)

@@ -11,93 +11,199 @@ from dataclasses import replace
 from .config import ModelConfig, TrainConfig
 
 # %% ../nbs/31_presets.ipynb #presets
-_original = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=50304)   # nanoMoE's published run
+_original = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=50304)  # nanoMoE's published run
 _onboard = dict(block_size=256, n_layer=4, n_head=4, n_embd=128, n_experts=8, moe_every=1)
-_onboard_run = TrainConfig(dataset='onboard', max_iters=500, batch_size=4, gradient_accumulation_steps=2,
-                           optimizer='muon', learning_rate=1e-2, min_lr=0.0, warmup_iters=30,
-                           eval_interval=100, eval_iters=16, log_interval=10, checkpoint_interval=100)
+_onboard_run = TrainConfig(
+    dataset='onboard',
+    max_iters=500,
+    batch_size=4,
+    gradient_accumulation_steps=2,
+    optimizer='muon',
+    learning_rate=1e-2,
+    min_lr=0.0,
+    warmup_iters=30,
+    eval_interval=100,
+    eval_iters=16,
+    log_interval=10,
+    checkpoint_interval=100,
+)
 _parts_of_qwen3 = dict(positions='rotary', norm='rmsnorm', qk_norm=True, activation='swiglu', gates='chosen')
 _baseline = dict(batch_size=8, eval_iters=500, eval_only=True, dataset='openwebtext')
 _presets = {
-    'tiny': (ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, n_experts=4, moe_every=1),
-             TrainConfig(dataset='numbers', max_iters=600, batch_size=8, gradient_accumulation_steps=2,
-                         learning_rate=3e-3, min_lr=3e-4, warmup_iters=5, eval_interval=200, eval_iters=4,
-                         log_interval=5, checkpoint_interval=200, dtype='float32')),
+    'tiny': (
+        ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, n_experts=4, moe_every=1),
+        TrainConfig(
+            dataset='numbers',
+            max_iters=600,
+            batch_size=8,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-3,
+            min_lr=3e-4,
+            warmup_iters=5,
+            eval_interval=200,
+            eval_iters=4,
+            log_interval=5,
+            checkpoint_interval=200,
+            dtype='float32',
+        ),
+    ),
     'onboard': (ModelConfig(**_onboard, expert_width=128, positions='rotary'), _onboard_run),
     'onboard_modern': (ModelConfig(**_onboard, **_parts_of_qwen3, expert_width=88), _onboard_run),
-    'nano_moe': (ModelConfig(**_original, n_experts=8, gates='chosen', capacity_factor=1.25,
-                             eval_capacity_factor=2.0, balance='nano_moe', init='switch'),
-                 TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
-    'nano_moe_dense': (ModelConfig(**_original),
-                       TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
-    'modern': (ModelConfig(**_original, **_parts_of_qwen3, n_kv_head=2, n_experts=64, top_k=8, expert_width=192,
-                           moe_every=1, balance_over='global'),
-               TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500)),
+    'nano_moe': (
+        ModelConfig(
+            **_original,
+            n_experts=8,
+            gates='chosen',
+            capacity_factor=1.25,
+            eval_capacity_factor=2.0,
+            balance='nano_moe',
+            init='switch',
+        ),
+        TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500),
+    ),
+    'nano_moe_dense': (
+        ModelConfig(**_original),
+        TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500),
+    ),
+    'modern': (
+        ModelConfig(
+            **_original,
+            **_parts_of_qwen3,
+            n_kv_head=2,
+            n_experts=64,
+            top_k=8,
+            expert_width=192,
+            moe_every=1,
+            balance_over='global',
+        ),
+        TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500),
+    ),
     'gpt2': (ModelConfig(vocab_size=50304), TrainConfig(dataset='openwebtext', eval_interval=1000)),
-    'shakespeare': (ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=256, dropout=0.2, n_experts=8),
-                    TrainConfig(dataset='shakespeare', max_iters=1000, batch_size=16,
-                                gradient_accumulation_steps=2, learning_rate=1e-3, min_lr=1e-4,
-                                warmup_iters=50, eval_interval=250, eval_iters=40, checkpoint_interval=250)),
-    'shakespeare_char': (ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
-                         TrainConfig(dataset='shakespeare_char', max_iters=5000, batch_size=64,
-                                     gradient_accumulation_steps=1, learning_rate=1e-3, min_lr=1e-4,
-                                     beta2=0.99, warmup_iters=100, eval_interval=250,
-                                     checkpoint_interval=250)),
+    'shakespeare': (
+        ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=256, dropout=0.2, n_experts=8),
+        TrainConfig(
+            dataset='shakespeare',
+            max_iters=1000,
+            batch_size=16,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            min_lr=1e-4,
+            warmup_iters=50,
+            eval_interval=250,
+            eval_iters=40,
+            checkpoint_interval=250,
+        ),
+    ),
+    'shakespeare_char': (
+        ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+        TrainConfig(
+            dataset='shakespeare_char',
+            max_iters=5000,
+            batch_size=64,
+            gradient_accumulation_steps=1,
+            learning_rate=1e-3,
+            min_lr=1e-4,
+            beta2=0.99,
+            warmup_iters=100,
+            eval_interval=250,
+            checkpoint_interval=250,
+        ),
+    ),
 }
 
 # %% ../nbs/31_presets.ipynb #gpt2-presets
-GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024),
-               'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
+GPT2_SIZES = {
+    'gpt2': (12, 12, 768),
+    'gpt2-medium': (24, 16, 1024),
+    'gpt2-large': (36, 20, 1280),
+    'gpt2-xl': (48, 25, 1600),
+}
+
 
 def gpt2_config(name: str) -> ModelConfig:
     "The shape of one of OpenAI's four GPT-2 models, `gpt2` (124M parameters) to `gpt2-xl` (1558M)."
     layers, heads, width = GPT2_SIZES[name]
-    return ModelConfig(n_layer=layers, n_head=heads, n_embd=width, vocab_size=50257, bias=True,
-                       activation='gelu_tanh')
+    return ModelConfig(
+        n_layer=layers, n_head=heads, n_embd=width, vocab_size=50257, bias=True, activation='gelu_tanh'
+    )
+
 
 for _name in GPT2_SIZES:
     _presets['eval_' + _name.replace('-', '_')] = (
-        gpt2_config(_name), TrainConfig(**_baseline, init_from=_name))
-_presets['finetune_shakespeare'] = (gpt2_config('gpt2-xl'), TrainConfig(
-    dataset='shakespeare_gpt2', init_from='gpt2-xl', max_iters=20, batch_size=1,
-    gradient_accumulation_steps=32, learning_rate=3e-5, decay_lr=False, warmup_iters=0,
-    eval_interval=5, eval_iters=40, checkpoint_interval=20))
+        gpt2_config(_name),
+        TrainConfig(**_baseline, init_from=_name),
+    )
+_presets['finetune_shakespeare'] = (
+    gpt2_config('gpt2-xl'),
+    TrainConfig(
+        dataset='shakespeare_gpt2',
+        init_from='gpt2-xl',
+        max_iters=20,
+        batch_size=1,
+        gradient_accumulation_steps=32,
+        learning_rate=3e-5,
+        decay_lr=False,
+        warmup_iters=0,
+        eval_interval=5,
+        eval_iters=40,
+        checkpoint_interval=20,
+    ),
+)
 
 PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
-    name: (model, replace(train, out_dir=f'out/{name}')) for name, (model, train) in _presets.items()}
+    name: (model, replace(train, out_dir=f'out/{name}')) for name, (model, train) in _presets.items()
+}
 PRESET_NOTES = {
-    'tiny': 'arithmetic, in ten seconds', 'onboard': 'minutes on 2 CPU cores: what make train runs',
+    'tiny': 'arithmetic, in ten seconds',
+    'onboard': 'minutes on 2 CPU cores: what make train runs',
     'onboard_modern': 'as long, in parts that transformers has too',
-    'nano_moe': "nanoMoE's published run", 'nano_moe_dense': 'the same without experts',
-    'modern': 'the same FLOPs in 64 experts, as Qwen3-MoE', 'gpt2': "nanoGPT's GPT-2, from scratch",
-    'shakespeare': 'experts on Tiny Shakespeare', 'shakespeare_char': "nanoGPT's dense model of characters",
+    'nano_moe': "nanoMoE's published run",
+    'nano_moe_dense': 'the same without experts',
+    'modern': 'the same FLOPs in 64 experts, as Qwen3-MoE',
+    'gpt2': "nanoGPT's GPT-2, from scratch",
+    'shakespeare': 'experts on Tiny Shakespeare',
+    'shakespeare_char': "nanoGPT's dense model of characters",
     **{f'eval_{name.replace("-", "_")}': f"validation loss of OpenAI's {name}" for name in GPT2_SIZES},
-    'finetune_shakespeare': "nanoGPT's finetuning of GPT-2 XL"}
+    'finetune_shakespeare': "nanoGPT's finetuning of GPT-2 XL",
+}
 
 # %% ../nbs/31_presets.ipynb #parameters
 VOCABULARIES = {'numbers': 257, 'shakespeare_char': 66, 'onboard': 4096, 'shakespeare': 4096}
+
 
 def parts(m: ModelConfig, V: int = 4096) -> dict[str, int]:
     "Parameters by part; V is used where the configuration leaves the vocabulary to the data."
     C, F, n, V = m.n_embd, m.expert_width or 4 * m.n_embd, m.n_layer, m.vocab_size or V
     L = len(range(0, n, m.moe_every)) if m.n_experts > 1 else 0
     gates = 2 if m.activation == 'swiglu' else 1
-    def mlp(width): return (gates + 1) * C * width + m.bias * (gates * width + C)
+
+    def mlp(width):
+        return (gates + 1) * C * width + m.bias * (gates * width + C)
+
     learned = m.block_size if m.positions == 'learned' else 0
-    heads = C + 2 * C * (m.n_kv_head or m.n_head) // m.n_head       # outputs: queries, keys and values
+    heads = C + 2 * C * (m.n_kv_head or m.n_head) // m.n_head  # outputs: queries, keys and values
     shared = mlp(m.n_shared_experts * F) if m.n_shared_experts else 0
-    return dict(embedding=(V + learned) * C, attention=n * (heads + C) * (C + m.bias),
-                norms=(2 * n + 1) * C * (2 if m.bias and m.norm == 'layernorm' else 1) + n * m.qk_norm * 2 * C // m.n_head,
-                mlp=(n - L) * mlp(F if m.n_experts == 1 else 4 * C),
-                router=L * C * m.n_experts * {'hash': 0, 'noisy': 2}.get(m.router, 1),
-                visited=L * (m.top_k * mlp(F) + shared), idle=L * (m.n_experts - m.top_k) * mlp(F))
+    return dict(
+        embedding=(V + learned) * C,
+        attention=n * (heads + C) * (C + m.bias),
+        norms=(2 * n + 1) * C * (2 if m.bias and m.norm == 'layernorm' else 1)
+        + n * m.qk_norm * 2 * C // m.n_head,
+        mlp=(n - L) * mlp(F if m.n_experts == 1 else 4 * C),
+        router=L * C * m.n_experts * {'hash': 0, 'noisy': 2}.get(m.router, 1),
+        visited=L * (m.top_k * mlp(F) + shared),
+        idle=L * (m.n_experts - m.top_k) * mlp(F),
+    )
+
 
 def total_active(m: ModelConfig, V: int = 4096) -> tuple[int, int]:
     "All parameters, and those that one token meets."
     total = sum(parts(m, V).values())
     return total, total - parts(m, V)['idle']
 
+
 def short(n: float) -> str:
     "A large number in three digits, such as 1.84M."
-    unit, size = next((u, s) for u, s in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('K', 1e3), ('', 1)) if n >= s or s == 1)
+    unit, size = next(
+        (u, s) for u, s in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('K', 1e3), ('', 1)) if n >= s or s == 1
+    )
     return f'{n / size:.3g}{unit}'

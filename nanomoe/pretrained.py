@@ -21,8 +21,17 @@ from .checkpoint import with_weights
 from .command_line import from_command_line, one_sentence, subcommand
 from .config import BadInput, ModelConfig, check, from_dict
 from .files import put_back, put_in_place, resolve
-from .huggingface import (GPT2_VOCABULARY, check_exportable, export_gap, hf_config, load_gpt2, load_hf,
-                                 read_hf_tokenizer, vocabulary, write_hf)
+from nanomoe.huggingface import (
+    GPT2_VOCABULARY,
+    check_exportable,
+    export_gap,
+    hf_config,
+    load_gpt2,
+    load_hf,
+    read_hf_tokenizer,
+    vocabulary,
+    write_hf,
+)
 from .model import GPT
 from .presets import GPT2_SIZES
 from .tokenizer import load_tokenizer, tiktokens_own
@@ -31,16 +40,29 @@ from .upcycle import check_alike, upcycle
 # %% ../nbs/42_pretrained.ipynb #nanomoe-config
 def nanomoe_config(flat: dict) -> ModelConfig:
     "The configuration of nanoMoE, or of nanoGPT, with its names, as ours."
-    shape = {name: flat[name] for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')}
-    if flat.get('n_exp', 1) == 1: return ModelConfig(**shape)          # nanoGPT knows no experts
+    shape = {
+        name: flat[name]
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    }
+    if flat.get('n_exp', 1) == 1:
+        return ModelConfig(**shape)  # nanoGPT knows no experts
     return ModelConfig(
-        **shape, top_k=flat['top_k'], min_capacity=flat['min_capacity'],
-        n_experts=flat['n_exp'], moe_every=flat['stride'], gates='chosen',
-        router='noisy' if flat['use_noisy_top_k'] else 'softmax', router_float32=flat['router_use_full_prec'],
-        capacity_factor=flat['train_capacity'], eval_capacity_factor=flat['eval_capacity'],
-        balance='nano_moe' if flat['use_aux_loss'] else 'none', balance_weight=flat['aux_loss_weight'],
+        **shape,
+        top_k=flat['top_k'],
+        min_capacity=flat['min_capacity'],
+        n_experts=flat['n_exp'],
+        moe_every=flat['stride'],
+        gates='chosen',
+        router='noisy' if flat['use_noisy_top_k'] else 'softmax',
+        router_float32=flat['router_use_full_prec'],
+        capacity_factor=flat['train_capacity'],
+        eval_capacity_factor=flat['eval_capacity'],
+        balance='nano_moe' if flat['use_aux_loss'] else 'none',
+        balance_weight=flat['aux_loss_weight'],
         z_weight=flat['router_z_loss_weight'] if flat['use_router_z_loss'] else 0.0,
-        init='switch' if flat['use_switch_tfm_init'] else 'gpt2', init_scale=flat['switch_tfm_init_scale'])
+        init='switch' if flat['use_switch_tfm_init'] else 'gpt2',
+        init_scale=flat['switch_tfm_init_scale'],
+    )
 
 # %% ../nbs/42_pretrained.ipynb #from-nanomoe
 def from_nanomoe(state_dict: dict[str, Tensor], config: dict) -> GPT:
@@ -51,19 +73,26 @@ def from_nanomoe(state_dict: dict[str, Tensor], config: dict) -> GPT:
     renamed = {}
     for name, tensor in state_dict.items():
         name = name.removeprefix('_orig_mod.').removeprefix('module.').removeprefix('transformer.')
-        if name.endswith('.attn.bias'): continue                        # the causal mask
+        if name.endswith('.attn.bias'):
+            continue  # the causal mask
         name = name.replace('router.w_g.', 'router.score.').replace('router.w_noise.', 'router.noise.')
         renamed['wte.weight' if name == 'lm_head.weight' else name] = tensor
     return with_weights(nanomoe_config(config), renamed)
 
 # %% ../nbs/42_pretrained.ipynb #load-run
 def load_run(out_dir: str | Path) -> GPT:
-    "The newest good checkpoint of one of our runs, or the one in a step's folder; raises `BadInput` when there is none."
+    """The newest good checkpoint of one of our runs, or the one in a step's folder.
+
+    Raises `BadInput` when there is none.
+    """
     folder = resolve(out_dir)
-    if (folder/'meta.json').exists():
-        try: found = checkpoint.load(folder)
-        except ValueError as e: raise BadInput(str(e)) from None
-    else: found = checkpoint.load_latest(folder)
+    if (folder / 'meta.json').exists():
+        try:
+            found = checkpoint.load(folder)
+        except ValueError as e:
+            raise BadInput(str(e)) from None
+    else:
+        found = checkpoint.load_latest(folder)
     if found is None:
         raise BadInput(f'{out_dir} holds no checkpoint; train one with: python -m nanomoe.train')
     if 'config' not in found.meta or 'model' not in found.tensors:
@@ -72,24 +101,29 @@ def load_run(out_dir: str | Path) -> GPT:
     check(cfg)
     return with_weights(cfg, found.tensors['model'])
 
+
 def run_folder(path: str | Path) -> Path:
     "The folder of a run, given it or one of its steps'."
     folder = resolve(path).resolve()
-    return folder.parent if (folder/'meta.json').exists() else folder
+    return folder.parent if (folder / 'meta.json').exists() else folder
 
 # %% ../nbs/42_pretrained.ipynb #load-ckpt
 def load_ckpt(path: Path) -> GPT:
     "The model in a `ckpt.pt` of nanoGPT or of the original nanoMoE; raises `BadInput` for any other file."
     held = read_ckpt(path)
-    try: return from_nanomoe(held['model'], held['model_args'])
-    except BadInput as e: raise BadInput(f'{path} cannot be loaded: {e}') from None
+    try:
+        return from_nanomoe(held['model'], held['model_args'])
+    except BadInput as e:
+        raise BadInput(f'{path} cannot be loaded: {e}') from None
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise BadInput(f'{path} holds no model with its model_args ({type(e).__name__}: {e})') from None
 
+
 def read_ckpt(path: Path) -> dict:
     "What a file of `torch.save` holds, its arrays left on disk until they are read; no code in it is run."
-    try: held = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except Exception:                                                   # every way to be wrong has its own
+    try:
+        held = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception:  # every way to be wrong has its own
         raise BadInput(f'{path} is no file of arrays and plain values alone, and is not loaded') from None
     if not isinstance(held, dict) or not isinstance(held.get('model_args'), dict):
         raise BadInput(f'{path} holds no model_args: neither nanoGPT nor nanoMoE wrote it')
@@ -97,47 +131,69 @@ def read_ckpt(path: Path) -> dict:
 
 # %% ../nbs/42_pretrained.ipynb #load-model
 def kind_of(where: str | Path) -> str:
-    "What a word names: `gpt2` one of OpenAI's, `ckpt` a file, `hf` a folder of transformers, `run` one of ours."
+    """What a word names: `gpt2` one of OpenAI's, `ckpt` a file, `hf` a folder of transformers, `run` one of
+    ours.
+    """
     path = resolve(where)
-    if str(where) in GPT2_SIZES: return 'gpt2'
-    if path.is_file(): return 'ckpt'
-    try: return 'hf' if 'model_type' in json.loads((path/'config.json').read_bytes()) else 'run'
-    except (OSError, ValueError, TypeError, RecursionError): return 'run'
+    if str(where) in GPT2_SIZES:
+        return 'gpt2'
+    if path.is_file():
+        return 'ckpt'
+    try:
+        return 'hf' if 'model_type' in json.loads((path / 'config.json').read_bytes()) else 'run'
+    except (OSError, ValueError, TypeError, RecursionError):
+        return 'run'
+
 
 def load_model(where: str | Path) -> GPT:
-    """The model that `where` names: a run's folder or one step's, gpt2…, a folder of `transformers`, or a ckpt.pt.
+    """The model that `where` names: a run's folder or one step's, gpt2…, a folder of `transformers`, or a
+    ckpt.pt.
 
     Raises `BadInput` where there is none, or one that ours cannot compute.
     """
     kind = kind_of(where)
-    if kind == 'gpt2': return load_gpt2(str(where))
-    if kind == 'run': return load_run(where)
+    if kind == 'gpt2':
+        return load_gpt2(str(where))
+    if kind == 'run':
+        return load_run(where)
     return (load_ckpt if kind == 'ckpt' else load_hf)(resolve(where))
 
 # %% ../nbs/42_pretrained.ipynb #tokenizer-of
 def tokenizer_of(where: str | Path):
-    "The `tiktoken.Encoding` of the text that the weights have learnt from; raises `BadInput` where none is known."
+    """The `tiktoken.Encoding` of the text that the weights have learnt from.
+
+    Raises `BadInput` where none is known.
+    """
     return own_tokenizer(where) or tiktokens_own('gpt2')
+
 
 def own_tokenizer(where: str | Path):
     "The tokenizer that came with the weights, None for GPT-2's; raises `BadInput` where neither is known."
     kind, path = kind_of(where), resolve(where)
-    if kind == 'gpt2': return None
-    if kind == 'run': return load_tokenizer(run_folder(where))
-    if kind == 'hf' and (path/'nanomoe').exists(): return load_tokenizer(path/'nanomoe')
-    if kind == 'hf' and (path/'tokenizer.json').exists(): return read_hf_tokenizer(path/'tokenizer.json')
-    shape = read_ckpt(path)['model_args'] if kind == 'ckpt' else json.loads((path/'config.json').read_bytes())
-    ours = kind == 'hf' and 'bias' in shape                             # an export of any vocabulary
-    if shape.get('model_type', 'gpt2') == 'gpt2' and shape.get('vocab_size', 50257) >= 50257 and not ours: return None
+    if kind == 'gpt2':
+        return None
+    if kind == 'run':
+        return load_tokenizer(run_folder(where))
+    if kind == 'hf' and (path / 'nanomoe').exists():
+        return load_tokenizer(path / 'nanomoe')
+    if kind == 'hf' and (path / 'tokenizer.json').exists():
+        return read_hf_tokenizer(path / 'tokenizer.json')
+    shape = (
+        read_ckpt(path)['model_args'] if kind == 'ckpt' else json.loads((path / 'config.json').read_bytes())
+    )
+    ours = kind == 'hf' and 'bias' in shape  # an export of any vocabulary
+    if shape.get('model_type', 'gpt2') == 'gpt2' and shape.get('vocab_size', 50257) >= 50257 and not ours:
+        return None
     cure = ': it lacks tokenizer.json; copy it from where the weights come from' if kind == 'hf' else ''
     raise BadInput(f"{where} does not say what its token ids stand for, and they are not GPT-2's{cure}")
 
 # %% ../nbs/42_pretrained.ipynb #export
 def export_hf(where: str | Path, out: str | Path) -> float:
-    """Write the model that `where` names as a folder for `transformers`; returns how far its logits are from ours.
+    """Write the model that `where` names as a folder for `transformers`; returns how far its logits are from
+    ours.
 
-    The folder appears whole or not at all, after `transformers` has loaded it. Raises `BadInput` where the model
-    has no equal there, and where the folder holds something else.
+    The folder appears whole or not at all, after `transformers` has loaded it. Raises `BadInput` where the
+    model has no equal there, and where the folder holds something else.
     """
     model, tokenizer, folder = load_model(where).eval(), tokenizer_of(where), resolve(out)
     config = hf_config(model.cfg, tokenizer.eot_token)
@@ -149,27 +205,36 @@ def export_hf(where: str | Path, out: str | Path) -> float:
         write_hf(made, model, tokenizer, config)
         gap = export_gap(model, made)
         put_in_place(made, folder)
-    except OSError as e: raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
-    finally: shutil.rmtree(made, ignore_errors=True)
+    except OSError as e:
+        raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return gap
+
 
 def sweep_exports(folder: Path):
     "Remove what exports to this folder left behind when they were killed."
     for left in folder.parent.glob(f'.tmp-{folder.name}-*'):
         number = left.name.rsplit('-', 1)[1]
-        if number.isdecimal() and not runs(int(number)) and (left/'nanomoe').exists(): shutil.rmtree(left)
+        if number.isdecimal() and not runs(int(number)) and (left / 'nanomoe').exists():
+            shutil.rmtree(left)
+
 
 def runs(pid: int) -> bool:
     "Whether there is a process of this number."
-    try: os.kill(pid, 0)
-    except OSError as e: return not isinstance(e, ProcessLookupError)
+    try:
+        os.kill(pid, 0)
+    except OSError as e:
+        return not isinstance(e, ProcessLookupError)
     return True
 
 # %% ../nbs/42_pretrained.ipynb #main
 @dataclass(frozen=True)
 class Export:
     "Write a model as a folder that transformers loads"
+
     to: Literal['hf'] = 'hf'  # what will read it: Hugging Face's transformers
+
 
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.pretrained export [--to hf] RUN DIR`"
@@ -181,34 +246,45 @@ def main(argv: list[str] | None = None):
             (options if word.startswith('-') or is_value else words).append(word)
         from_command_line(Export, Export(), options, 'pretrained')
         subcommand(words, ('export',), 'pretrained')
-        if len(words) != 3: raise BadInput('say what to export and where to: export RUN DIR, such as export out/modern modern-hf')
+        if len(words) != 3:
+            raise BadInput(
+                'say what to export and where to: export RUN DIR, such as export out/modern modern-hf'
+            )
         gap = export_hf(words[1], words[2])
         print(f'exported    {words[1]} to {words[2]}; the logits of transformers differ by at most {gap:.1e}')
 
-if __name__ == '__main__' and '__file__' in globals(): main()
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()
 
 # %% ../nbs/42_pretrained.ipynb #initial-weights
 def initial_weights(init_from: str, cfg: ModelConfig, dataset: Path | None = None) -> GPT:
     """A new model of this shape, with the weights of `init_from`: scratch, or whatever `load_model` takes.
 
-    Dense weights become experts where `cfg` asks for them. Raises `BadInput` where they do not fit, and where the
-    `dataset` to train on has other token ids.
+    Dense weights become experts where `cfg` asks for them. Raises `BadInput` where they do not fit, and where
+    the `dataset` to train on has other token ids.
     """
-    if init_from == 'scratch': return GPT(cfg)
+    if init_from == 'scratch':
+        return GPT(cfg)
     model = load_model(init_from)
-    if dataset: check_tokenizer(init_from, dataset)
+    if dataset:
+        check_tokenizer(init_from, dataset)
     check_alike(model.cfg, cfg, init_from)
     if cfg.n_experts > 1 and model.cfg.n_experts == 1:
         model = upcycle(model, replace(cfg, block_size=model.cfg.block_size))
     return with_weights(cfg, cut_positions(model.state_dict(), cfg.block_size))
 
+
 def check_tokenizer(init_from: str, dataset: Path):
     "Raise `BadInput` unless the dataset was tokenized as the text was that these weights have learnt from."
-    own = own_tokenizer(init_from)                                      # of GPT-2's the digest is enough: nothing is fetched
+    own = own_tokenizer(init_from)  # of GPT-2's the digest is enough: nothing is fetched
     known = vocabulary(own) if own else GPT2_VOCABULARY
     if vocabulary(load_tokenizer(dataset)) != known:
-        raise BadInput(f'{dataset} has other token ids than the text that {init_from} has learnt from; '
-                       'prepare it with the same tokenizer')
+        raise BadInput(
+            f'{dataset} has other token ids than the text that {init_from} has learnt from; '
+            'prepare it with the same tokenizer'
+        )
+
 
 def cut_positions(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
     "The weights for a model that sees fewer positions."

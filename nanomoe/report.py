@@ -29,32 +29,79 @@ from .dataset import dataset_folder, read_manifest
 from .files import Log, resolve, say
 from .metrics import log_numbers, read_log
 from .presets import PRESETS
-from .viz import (Figure, class_load, co_activation, coloured_text, domain_load, draw_model, finite,
-                         flow, frame, harmless, layer_colours, legend, load_heatmap, load_history, loss_curve,
-                         new_figure, plain, png, routed_rows, saturation, specialisation, spread, token_class,
-                         top_tokens, top_tokens_table)
+from nanomoe.viz import (
+    Figure,
+    class_load,
+    co_activation,
+    coloured_text,
+    domain_load,
+    draw_model,
+    finite,
+    flow,
+    frame,
+    harmless,
+    layer_colours,
+    legend,
+    load_heatmap,
+    load_history,
+    loss_curve,
+    new_figure,
+    plain,
+    png,
+    routed_rows,
+    saturation,
+    specialisation,
+    spread,
+    token_class,
+    top_tokens,
+    top_tokens_table,
+)
 
 # %% ../nbs/45_report.ipynb #read-rows
 def read_rows(path: Path) -> list[dict]:
     "The sound lines of a run's log.jsonl, each after the one before; raises `BadInput` when there are none."
-    if not path.is_file(): raise BadInput(f'{path} does not exist; name the folder of a run')
+    if not path.is_file():
+        raise BadInput(f'{path} does not exist; name the folder of a run')
     rows = in_order(found := read_log(path))
-    if len(rows) < len(found): say(f'{path}: {len(found) - len(rows)} lines are left out, as later ones take their place', sys.stderr)
-    if not rows: raise BadInput(f'{path} holds no line of a run yet')
-    if not any('ce' in row or 'val_ce' in row for row in rows): raise BadInput(f'{path} holds no loss: it is no log of a run')
+    if len(rows) < len(found):
+        say(
+            f'{path}: {len(found) - len(rows)} lines are left out, as later ones take their place', sys.stderr
+        )
+    if not rows:
+        raise BadInput(f'{path} holds no line of a run yet')
+    if not any('ce' in row or 'val_ce' in row for row in rows):
+        raise BadInput(f'{path} holds no loss: it is no log of a run')
     return with_bits(rows)
 
+
 def with_bits(rows: Sequence[dict]) -> Sequence[dict]:
-    "The rows of a log of before, with the bits per byte that it lacks, as if all tokens were as long as in the last evaluation."
-    bits = next((row['val_bpb'] / row['val_ce'] for row in reversed(finite(finite(rows, 'val_ce'), 'val_bpb')) if row['val_ce']), None)
-    return rows if bits is None or finite(rows, 'bpb') else [row | {'bpb': row['ce'] * bits} if 'ce' in row else row for row in rows]
+    """The rows of a log of before, with the bits per byte that it lacks, as if all tokens were as long as in
+    the last evaluation.
+    """
+    bits = next(
+        (
+            row['val_bpb'] / row['val_ce']
+            for row in reversed(finite(finite(rows, 'val_ce'), 'val_bpb'))
+            if row['val_ce']
+        ),
+        None,
+    )
+    return (
+        rows
+        if bits is None or finite(rows, 'bpb')
+        else [row | {'bpb': row['ce'] * bits} if 'ce' in row else row for row in rows]
+    )
+
 
 def in_order(rows: Sequence[dict]) -> list[dict]:
-    "The rows without single steps out of line, and without those whose place a later row of the same or an earlier step takes."
+    """The rows without single steps out of line, and without those whose place a later row of the same or an
+    earlier step takes.
+    """
     steps, out = [row['step'] for row in rows], []
     lone = {i for i, (a, b, c) in enumerate(zip(steps, steps[1:], steps[2:]), 1) if a < c and not a < b < c}
     for row in (row for i, row in enumerate(rows) if i not in lone):
-        while out and out[-1]['step'] >= row['step']: out.pop()
+        while out and out[-1]['step'] >= row['step']:
+            out.pop()
         out.append(row)
     return out
 
@@ -62,68 +109,123 @@ def in_order(rows: Sequence[dict]) -> list[dict]:
 def follow(run: str | Path, pause: float = 0.25) -> Iterator[dict]:
     "The lines of a run's log, as they are written, until its last step; looks every `pause` seconds."
     run = resolve(run)
-    log, seen = Log(run/'log.jsonl', log_numbers), 0
+    log, seen = Log(run / 'log.jsonl', log_numbers), 0
     while True:
         rows = log.read()
-        if len(rows) < seen: seen = 0                           # the run went back to a checkpoint
+        if len(rows) < seen:
+            seen = 0  # the run went back to a checkpoint
         yield from rows[seen:]
         seen = len(rows)
-        if rows and rows[-1]['step'] >= settings_of(run).get('max_iters', float('inf')): return
+        if rows and rows[-1]['step'] >= settings_of(run).get('max_iters', float('inf')):
+            return
         time.sleep(pause)
+
 
 def settings_of(run: Path) -> dict:
     "A run's config.json; empty as long as there is none. Raises `BadInput` if it is something else."
-    try: flat = json.loads((run/'config.json').read_text())
-    except FileNotFoundError: return {}
-    except ValueError: flat = None
-    if not isinstance(flat, dict) or not isinstance(flat.get('max_iters'), int) or not isinstance(flat.get('dataset'), str) \
-            or type(flat.get('n_experts', 1)) is not int:
-        raise BadInput(f'{run/"config.json"} is not the config.json of a run')
+    try:
+        flat = json.loads((run / 'config.json').read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        flat = None
+    if (
+        not isinstance(flat, dict)
+        or not isinstance(flat.get('max_iters'), int)
+        or not isinstance(flat.get('dataset'), str)
+        or type(flat.get('n_experts', 1)) is not int
+    ):
+        raise BadInput(f'{run / "config.json"} is not the config.json of a run')
     return flat
 
 # %% ../nbs/45_report.ipynb #samples
 class Samples(NamedTuple):
     "What samples.jsonl says of a run's held-out texts: N tokens in all, the same at each of S evaluations."
-    steps: list[int]            # (S,)
-    pieces: list[str]           # (N,)
-    expert_ids: np.ndarray      # (S, L, N, K)
-    lines: list[dict]           # of the last evaluation, one per domain
+
+    steps: list[int]  # (S,)
+    pieces: list[str]  # (N,)
+    expert_ids: np.ndarray  # (S, L, N, K)
+    lines: list[dict]  # of the last evaluation, one per domain
+
 
 def samples_of(lines: Sequence[dict], logged: int) -> Samples | None:
-    """Lines of samples.jsonl, gathered, up to the step that is logged: samples are written before their log line.
+    """Lines of samples.jsonl, gathered, up to the step that is logged: samples are written before their log
+    line.
 
     None before the first evaluation, and for a model without experts.
     """
     lines = [line for line in lines if line['step'] <= logged and np.size(line['expert_ids'])]
-    if not lines: return None
-    def kind(line): return len(line['expert_ids']), len(line['expert_ids'][0][0])       # (L, K)
-    usual, by_step = Counter(map(kind, [line for line in lines if line['step'] == lines[-1]['step']])).most_common(1)[0][0], {}
+    if not lines:
+        return None
+
+    def kind(line):
+        return len(line['expert_ids']), len(line['expert_ids'][0][0])  # (L, K)
+
+    usual, by_step = (
+        Counter(map(kind, [line for line in lines if line['step'] == lines[-1]['step']])).most_common(1)[0][
+            0
+        ],
+        {},
+    )
     for line in lines:
-        if kind(line) == usual: by_step.setdefault(line['step'], {})[line['domain']] = line     # not from before a change of top_k
+        if kind(line) == usual:
+            by_step.setdefault(line['step'], {})[line['domain']] = line  # not from before a change of top_k
     last = by_step[max(by_step)]
-    whole = {step: [texts[name] for name in last] for step, texts in by_step.items() if last.keys() <= texts.keys()}
-    ids = {step: np.concatenate([line['expert_ids'] for line in texts], 1).astype(int) for step, texts in whole.items()}
-    alike = [step for step in ids if ids[step].shape == ids[max(ids)].shape]    # (L, N, K)
-    return Samples(alike, [piece for line in last.values() for piece in line['pieces']],
-                   np.array([ids[step] for step in alike]), list(last.values()))
+    whole = {
+        step: [texts[name] for name in last] for step, texts in by_step.items() if last.keys() <= texts.keys()
+    }
+    ids = {
+        step: np.concatenate([line['expert_ids'] for line in texts], 1).astype(int)
+        for step, texts in whole.items()
+    }
+    alike = [step for step in ids if ids[step].shape == ids[max(ids)].shape]  # (L, N, K)
+    return Samples(
+        alike,
+        [piece for line in last.values() for piece in line['pieces']],
+        np.array([ids[step] for step in alike]),
+        list(last.values()),
+    )
+
 
 def read_samples(run: Path, rows: Sequence[dict] | None = None) -> Samples | None:
-    "A run's routed texts, from its samples.jsonl, up to the last row of its log; `rows`: that log, if read already."
-    rows = rows or read_rows(run/'log.jsonl')
-    return samples_of(Log(run/'samples.jsonl', partial(text_row, n_experts=experts_in(rows))).read(), rows[-1]['step'])
+    """A run's routed texts, from its samples.jsonl, up to the last row of its log.
+
+    `rows`: that log, if read already.
+    """
+    rows = rows or read_rows(run / 'log.jsonl')
+    return samples_of(
+        Log(run / 'samples.jsonl', partial(text_row, n_experts=experts_in(rows))).read(), rows[-1]['step']
+    )
+
 
 def experts_in(rows: Sequence[dict]) -> int:
     "How many experts a layer has by its log; 4096, more than any, where that says nothing."
     return len(routed[-1]['load'][0]) if (routed := routed_rows(rows)) else 2**12
 
+
 def text_row(row: dict, n_experts: int = 2**12) -> dict:
-    "A line of samples.jsonl: N pieces of text, their choices and gates (L, N, K); raises `ValueError` for anything else."
+    """A line of samples.jsonl: N pieces of text, their choices and gates (L, N, K); raises `ValueError` for
+    anything else.
+    """
     pieces, ids = row.get('pieces'), np.array(row.get('expert_ids'))
-    if not isinstance(row.get('domain'), str) or not isinstance(pieces, list) or not all(isinstance(p, str) for p in pieces):
+    if (
+        not isinstance(row.get('domain'), str)
+        or not isinstance(pieces, list)
+        or not all(isinstance(p, str) for p in pieces)
+    ):
         raise ValueError('no text')
     gates, kept = np.array(row.get('gates')), row.get('kept') or [None]
-    if ids.size and not (ids.dtype.kind == 'i' and ids.ndim == 3 and ids.shape[1] == len(pieces) and 0 <= ids.min() <= ids.max() < n_experts and gates.dtype.kind in 'fi'
-                         and gates.shape == ids.shape and np.isfinite(gates).all() and all(k is None or np.shape(k) == ids.shape[1:] for k in kept) and len(kept) == len(ids)):
+    if ids.size and not (
+        ids.dtype.kind == 'i'
+        and ids.ndim == 3
+        and ids.shape[1] == len(pieces)
+        and 0 <= ids.min() <= ids.max() < n_experts
+        and gates.dtype.kind in 'fi'
+        and gates.shape == ids.shape
+        and np.isfinite(gates).all()
+        and all(k is None or np.shape(k) == ids.shape[1:] for k in kept)
+        and len(kept) == len(ids)
+    ):
         raise ValueError('no choices')
     return row
 
@@ -134,15 +236,17 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
     Of more than four MoE layers, films and domains of four are shown.
     """
     rows = routed_rows(rows)
-    if not rows: raise BadInput(f'{name or "the log"} holds no load: a dense model has no experts to draw')
+    if not rows:
+        raise BadInput(f'{name or "the log"} holds no load: a dense model has no experts to draw')
     last = next((row for row in reversed(rows) if domain_load(row, 0)[0]), None)
     L = len(rows[-1]['load'])
     layers = sorted({round(i) for i in np.linspace(0, L - 1, min(L, 4))})
-    heights = [1.9, 0.3 * L + 1, 1.8][:3 if last else 2]
+    heights = [1.9, 0.3 * L + 1, 1.8][: 3 if last else 2]
     fig = new_figure(max(3.1 * len(layers), 6.2), sum(heights) + 0.3)
     grid = fig.add_gridspec(len(heights), len(layers), height_ratios=heights)
-    for i, layer in enumerate(layers): load_history(rows, layer, fig.add_subplot(grid[0, i]))
-    mean = np.mean([row['load'] for row in rows[-max(len(rows)//10, 1):]], 0)
+    for i, layer in enumerate(layers):
+        load_history(rows, layer, fig.add_subplot(grid[0, i]))
+    mean = np.mean([row['load'] for row in rows[-max(len(rows) // 10, 1) :]], 0)
     load_heatmap(mean, title='load at the end, fair share = 1', ax=fig.add_subplot(grid[1, :]))
     for i, layer in enumerate(layers if last else []):
         specialisation(last, layer, fig.add_subplot(grid[2, i]))
@@ -152,27 +256,42 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
 # %% ../nbs/45_report.ipynb #health
 def health_rows(rows: Sequence[dict]) -> list[dict]:
     "The rows that hold all that `health_figure` draws; of a model without experts those with a gradient."
-    if not routed_rows(rows): return [row for row in rows if 'grad_norm' in row]
-    return [row for row in routed_rows(rows) if 'grad_norm' in row and {'busiest', 'entropy', 'margin'} <= row.get('health', {}).keys()]
+    if not routed_rows(rows):
+        return [row for row in rows if 'grad_norm' in row]
+    return [
+        row
+        for row in routed_rows(rows)
+        if 'grad_norm' in row and {'busiest', 'entropy', 'margin'} <= row.get('health', {}).keys()
+    ]
+
 
 def health_figure(rows: Sequence[dict]) -> Figure:
     "Each layer's health over a run's log lines, and the optimiser's: two rows of charts."
     rows = spread(health_rows(rows), 400)
     dots = '.-' if len(rows) < 3 else '-'
     steps, fig = [row['step'] for row in rows], new_figure(7.2, 3)
-    charts = {'busiest': 'busiest expert, fair shares', 'entropy': 'entropy, nats', 'margin': 'margin of the chosen'}
+    charts = {
+        'busiest': 'busiest expert, fair shares',
+        'entropy': 'entropy, nats',
+        'margin': 'margin of the chosen',
+    }
     axes = fig.subplots(2, 3, sharex=True)
     routed = bool(rows[-1].get('load'))
     for ax, (key, title) in zip(axes[0], charts.items() if routed else ()):
-        curves = np.array([row['health'][key] for row in rows])             # (rows, L)
+        curves = np.array([row['health'][key] for row in rows])  # (rows, L)
         for layer, colour in enumerate(layer_colours(curves.shape[1])):
             ax.plot(steps, curves[:, layer], dots, color=colour, lw=1, label=f'layer {layer}')
         frame(ax, title)
-    for ax in () if routed else axes[0]: ax.remove()
+    for ax in () if routed else axes[0]:
+        ax.remove()
     if routed:
         axes[0, 0].legend(frameon=False, fontsize=7)
-        axes[0, 1].axhline(np.log(len(rows[-1]['load'][0])), color='k', lw=0.8, ls=':')     # no opinion
-    training = {'drop_rate': 'choices dropped', 'grad_norm': 'gradient norm before clipping', 'lr': 'learning rate'}
+        axes[0, 1].axhline(np.log(len(rows[-1]['load'][0])), color='k', lw=0.8, ls=':')  # no opinion
+    training = {
+        'drop_rate': 'choices dropped',
+        'grad_norm': 'gradient norm before clipping',
+        'lr': 'learning rate',
+    }
     for ax, (key, title) in zip(axes[1], training.items()):
         values = np.array([row.get(key, 0) for row in rows], float)
         ax.plot(steps, values, dots, color='#0072B2', lw=1, clip_on=False)
@@ -181,11 +300,18 @@ def health_figure(rows: Sequence[dict]) -> Figure:
 
 # %% ../nbs/45_report.ipynb #curve
 def curve_of(run: Path, rows: Sequence[dict] | None = None) -> Figure:
-    "A run's loss in bits per byte, beside the compressors where its dataset is still there; `rows`: its log, if read already."
-    rows, marks = rows or read_rows(run/'log.jsonl'), {}
-    with suppress(BadInput, KeyError):                                      # the dataset may have gone
+    """A run's loss in bits per byte, beside the compressors where its dataset is still there.
+
+    `rows`: its log, if read already.
+    """
+    rows, marks = rows or read_rows(run / 'log.jsonl'), {}
+    with suppress(BadInput, KeyError):  # the dataset may have gone
         val = read_manifest(dataset_folder(settings_of(run)['dataset']))['splits']['val']
-        marks = {f'{name} -9': 8 * val[f'{name}_bytes'] / val['bytes'] for name in ('gzip', 'xz') if f'{name}_bytes' in val}
+        marks = {
+            f'{name} -9': 8 * val[f'{name}_bytes'] / val['bytes']
+            for name in ('gzip', 'xz')
+            if f'{name}_bytes' in val
+        }
     return loss_curve(rows, marks if finite(rows, 'bpb') else {})
 
 # %% ../nbs/45_report.ipynb #tabs
@@ -193,19 +319,27 @@ def tabs(name: str, panes: dict[str, str]) -> str:
     "HTML panes of which one is seen, chosen by labels above; no script."
     parts, rules = [], []
     for i, label in enumerate(panes):
-        parts.append(f'<input type="radio" name="{name}" id="{name}-{i}"{" checked" * (not i)}>'
-                     f'<label for="{name}-{i}">{html.escape(label)}</label>')
+        parts.append(
+            f'<input type="radio" name="{name}" id="{name}-{i}"{" checked" * (not i)}>'
+            f'<label for="{name}-{i}">{html.escape(label)}</label>'
+        )
         rules.append(f'#{name}-{i}:checked ~ #{name}-pane-{i} {{ display: block }}')
     parts += [f'<div class="pane" id="{name}-pane-{i}">{pane}</div>' for i, pane in enumerate(panes.values())]
     return f'<style>{" ".join(rules)}</style><div class="tabs">{"".join(parts)}</div>'
 
+
 def routed_text(lines: Sequence[dict], n_experts: int) -> str:
     "HTML of an evaluation's texts, coloured by expert, a tab per layer."
+
     def text(line, layer):
-        return (f'<p>{html.escape(harmless(line["domain"]))}</p>'
-                + coloured_text(line['pieces'], line['expert_ids'][layer], line['gates'][layer], line['kept'][layer]))
+        return f'<p>{html.escape(harmless(line["domain"]))}</p>' + coloured_text(
+            line['pieces'], line['expert_ids'][layer], line['gates'][layer], line['kept'][layer]
+        )
+
     layers = range(len(lines[0]['expert_ids']))
-    panes = {f'layer {layer}': legend(n_experts) + ''.join(text(line, layer) for line in lines) for layer in layers}
+    panes = {
+        f'layer {layer}': legend(n_experts) + ''.join(text(line, layer) for line in lines) for layer in layers
+    }
     return tabs('text', panes)
 
 # %% ../nbs/45_report.ipynb #sections
@@ -213,10 +347,17 @@ def picture(fig: Figure, alt: str) -> str:
     "The figure inside an HTML page, with words in its place for who cannot see it."
     return f'<img src="data:image/png;base64,{base64.b64encode(png(fig)).decode()}" alt="{html.escape(alt)}">'
 
+
 def table(rows: Sequence[Sequence]) -> str:
     "HTML table of what can be shown as text; the first column names the rest."
-    cells = [''.join(f'<t{"dh"[not i]}>{html.escape(harmless(str(v)))}</t{"dh"[not i]}>' for i, v in enumerate(row)) for row in rows]
+    cells = [
+        ''.join(
+            f'<t{"dh"[not i]}>{html.escape(harmless(str(v)))}</t{"dh"[not i]}>' for i, v in enumerate(row)
+        )
+        for row in rows
+    ]
     return '<table>' + ''.join(f'<tr>{row}</tr>' for row in cells) + '</table>'
+
 
 def facts(rows: Sequence[dict], settings: dict) -> str:
     "HTML table of what a run has come to."
@@ -224,111 +365,210 @@ def facts(rows: Sequence[dict], settings: dict) -> str:
     speeds = [row['tok_per_s'] for row in rows if 'tok_per_s' in row]
     of = f' of {settings["max_iters"]:,}' if settings else ''
     lines = [('steps', f'{last["step"]:,}{of}'), ('tokens trained on', f'{last.get("tokens", 0):,}')]
-    if speeds: lines.append(('tokens per second', f'{np.median(speeds):,.0f}, median'))
+    if speeds:
+        lines.append(('tokens per second', f'{np.median(speeds):,.0f}, median'))
     lines.append(('updates skipped, spikes', f'{last.get("skipped", 0)}, {last.get("spikes", 0)}'))
     if held:
         best = min(held, key=lambda row: row['val_ce'])
-        lines.append(('held out', f'{held[-1]["val_bpb"]:.3f} bits per byte, {held[-1]["val_ce"]:.3f} nats per token'))
+        lines.append(
+            ('held out', f'{held[-1]["val_bpb"]:.3f} bits per byte, {held[-1]["val_ce"]:.3f} nats per token')
+        )
         lines.append(('best', f'{best["val_bpb"]:.3f} bits per byte at step {best["step"]:,}'))
-    domains = [(f'held out: {key[8:]}', f'{held[-1][key]:.3f} bits per byte') for key in (held or [{}])[-1] if key.startswith('val_bpb_')]
-    if len(domains) <= 12: return table(lines + domains)
-    return table(lines) + f'<details><summary>held out: {len(domains)} domains</summary>{table(domains)}</details>'
+    domains = [
+        (f'held out: {key[8:]}', f'{held[-1][key]:.3f} bits per byte')
+        for key in (held or [{}])[-1]
+        if key.startswith('val_bpb_')
+    ]
+    if len(domains) <= 12:
+        return table(lines + domains)
+    return (
+        table(lines)
+        + f'<details><summary>held out: {len(domains)} domains</summary>{table(domains)}</details>'
+    )
 
 # %% ../nbs/45_report.ipynb #report
 def report(run: str | Path) -> str:
-    "HTML page of a run, from its log.jsonl, samples.jsonl and config.json alone; raises `BadInput` without a log."
+    """HTML page of a run, from its log.jsonl, samples.jsonl and config.json alone.
+
+    Raises `BadInput` without a log.
+    """
     run = resolve(run)
-    rows, settings = read_rows(run/'log.jsonl'), settings_of(run)
+    rows, settings = read_rows(run / 'log.jsonl'), settings_of(run)
     sections = {'The run': facts(rows, settings), 'Loss': picture(curve_of(run, rows), 'loss over steps')}
-    if routed_rows(rows): sections['Experts'] = picture(experts_figure(rows), 'load of the experts')
-    if health_rows(rows): sections['Health'] = picture(health_figure(rows), 'health of the layers')
-    if s := read_samples(run, rows): sections |= text_sections(s, n_experts_of(s, settings), settings.get('router'))
-    sections['Settings'] = f'<details><summary>{len(settings)} knobs</summary>{table(settings.items())}</details>'
+    if routed_rows(rows):
+        sections['Experts'] = picture(experts_figure(rows), 'load of the experts')
+    if health_rows(rows):
+        sections['Health'] = picture(health_figure(rows), 'health of the layers')
+    if s := read_samples(run, rows):
+        sections |= text_sections(s, n_experts_of(s, settings), settings.get('router'))
+    sections['Settings'] = (
+        f'<details><summary>{len(settings)} knobs</summary>{table(settings.items())}</details>'
+    )
     words = {title: f'<p>{_captions[title]}</p>' if title in _captions else '' for title in sections}
-    return page(run.resolve().name, ''.join(f'<h2>{title}</h2>{words[title]}{body}' for title, body in sections.items()))
+    return page(
+        run.resolve().name,
+        ''.join(f'<h2>{title}</h2>{words[title]}{body}' for title, body in sections.items()),
+    )
 
 # %% ../nbs/45_report.ipynb #captions
-def n_experts_of(s: Samples, settings: dict) -> int: return max(settings.get('n_experts') or 0, int(s.expert_ids.max()) + 1)
+def n_experts_of(s: Samples, settings: dict) -> int:
+    return max(settings.get('n_experts') or 0, int(s.expert_ids.max()) + 1)
+
 
 _captions = {
-    'Loss': 'Bits per byte count the bytes of the text, so runs with other vocabularies compare. Broken lines: compressors, where the dataset is still there.',
-    'Experts': 'Top: shares of all choices, dotted where the borders of equal shares would lie. Below: load in fair shares, 1 = fair, 0 = dead, '
-               'over the last tenth of the log, and by kind of held-out text.',
-    'Health': 'Entropy at ln E means a router without opinion; at margin 0 a rounding error changes the choice.',
-    'Text by expert': 'A token has the colour of its first choice, paler for a smaller gate, struck through if dropped. Point at it to see all choices.',
-    'Kinds of tokens': 'Tokens of the text above by their look; 1 where a kind uses an expert as often as any other.',
+    'Loss': 'Bits per byte count the bytes of the text, so runs with other vocabularies compare. Broken '
+    'lines: compressors, where the dataset is still there.',
+    'Experts': 'Top: shares of all choices, dotted where the borders of equal shares would lie. Below: '
+    'load in fair shares, 1 = fair, 0 = dead, '
+    'over the last tenth of the log, and by kind of held-out text.',
+    'Health': 'Entropy at ln E means a router without opinion; at margin 0 a rounding error changes the '
+    'choice.',
+    'Text by expert': 'A token has the colour of its first choice, paler for a smaller gate, struck '
+    'through if dropped. Point at it to see all choices.',
+    'Kinds of tokens': 'Tokens of the text above by their look; 1 where a kind uses an expert as often as '
+    'any other.',
     'Favourite tokens': 'Of each piece that came three times or more, the share that this expert read.',
-    'Chosen together': 'Of the tokens that chose the row, how many chose the column too, in multiples of blind choice.',
+    'Chosen together': 'Of the tokens that chose the row, how many chose the column too, in multiples of '
+    'blind choice.',
     'From layer to layer': 'First choices; a band has the colour of the expert it comes from.',
-    'When routing settled': 'Of the choices at the end, how many an earlier evaluation had made already.'}
+    'When routing settled': 'Of the choices at the end, how many an earlier evaluation had made already.',
+}
 
 # %% ../nbs/45_report.ipynb #text-sections
 def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict[str, str]:
-    "What the routed texts show, HTML by title. Where experts choose tokens, tokens have no choices to draw: text alone."
+    """What the routed texts show, HTML by title.
+
+    Where experts choose tokens, tokens have no choices to draw: text alone.
+    """
     last, L, counts = s.expert_ids[-1], s.expert_ids.shape[1], Counter(map(token_class, s.pieces))
     if router == 'expert_choice':
-        words = '<p>Here experts choose: a token is struck through where the expert that it scores highest did not take it.</p>'
+        words = (
+            '<p>Here experts choose: a token is struck through where the expert that it scores highest '
+            'did not take it.</p>'
+        )
         return {'Text by expert': words + routed_text(s.lines, n_experts)}
-    def layers(draw): return {f'layer {layer}': draw(last[layer]) for layer in range(L)}
+
+    def layers(draw):
+        return {f'layer {layer}': draw(last[layer]) for layer in range(L)}
+
     def kinds(ids):
         names, load = class_load(s.pieces, ids, n_experts)
         labels = [f'{name} ({counts[name]})' for name in names]
-        return picture(load_heatmap(load, labels, 'tokens in brackets, fair share = 1'), 'expert by kind of token')
-    def favourites(ids): return top_tokens_table(top_tokens(s.pieces, ids, n_experts))
-    def pairs(ids): return picture(co_activation(ids, n_experts), 'experts chosen together')
-    out = {'Text by expert': routed_text(s.lines, n_experts), 'Kinds of tokens': tabs('kinds', layers(kinds)),
-           'Favourite tokens': tabs('favourites', layers(favourites))}
-    if last.shape[2] > 1: out['Chosen together'] = tabs('together', layers(pairs))
-    if L > 1: out['From layer to layer'] = picture(flow(last[:, :, 0], n_experts), 'ways of tokens through the layers')
-    if len(s.steps) > 1: out['When routing settled'] = picture(saturation(s.steps, s.expert_ids, n_experts), 'settled choices over steps')
+        return picture(
+            load_heatmap(load, labels, 'tokens in brackets, fair share = 1'), 'expert by kind of token'
+        )
+
+    def favourites(ids):
+        return top_tokens_table(top_tokens(s.pieces, ids, n_experts))
+
+    def pairs(ids):
+        return picture(co_activation(ids, n_experts), 'experts chosen together')
+
+    out = {
+        'Text by expert': routed_text(s.lines, n_experts),
+        'Kinds of tokens': tabs('kinds', layers(kinds)),
+        'Favourite tokens': tabs('favourites', layers(favourites)),
+    }
+    if last.shape[2] > 1:
+        out['Chosen together'] = tabs('together', layers(pairs))
+    if L > 1:
+        out['From layer to layer'] = picture(
+            flow(last[:, :, 0], n_experts), 'ways of tokens through the layers'
+        )
+    if len(s.steps) > 1:
+        out['When routing settled'] = picture(
+            saturation(s.steps, s.expert_ids, n_experts), 'settled choices over steps'
+        )
     return out
 
 # %% ../nbs/45_report.ipynb #page
 def page(title: str, body: str) -> str:
     "A whole HTML page, light or dark as the reader's system is."
     title = html.escape(harmless(title))
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<title>{title}</title><style>{_style}</style><h1>{title}</h1>{body}</html>')
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">'
+        f'<title>{title}</title><style>{_style}</style><h1>{title}</h1>{body}</html>'
+    )
 
-_style = """:root { color-scheme: light dark } body { max-width: 1000px; margin: 2em auto; padding: 0 1em; font: 15px/1.5 sans-serif; overflow-wrap: anywhere }
-img, svg { max-width: 100%; height: auto } .board { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }
-table { display: block; overflow-x: auto } th { text-align: left; padding-right: 2em; font-weight: normal; opacity: .7 }
-h2 { margin: 2em 0 0 } p { margin: .3em 0; opacity: .7 } td { font-variant-numeric: tabular-nums }
-.tabs > input { position: absolute; opacity: 0 } .tabs > label { display: inline-block; padding: 2px 12px; cursor: pointer }
-.tabs > input:checked + label { border-bottom: 3px solid #0072B2 } .tabs > input:focus-visible + label { outline: 2px solid }
+
+_style = """:root { color-scheme: light dark }
+body { max-width: 1000px; margin: 2em auto; padding: 0 1em; font: 15px/1.5 sans-serif;
+       overflow-wrap: anywhere }
+img, svg { max-width: 100%; height: auto }
+.board { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start }
+table { display: block; overflow-x: auto }
+th { text-align: left; padding-right: 2em; font-weight: normal; opacity: .7 }
+td { font-variant-numeric: tabular-nums }
+h2 { margin: 2em 0 0 }
+p { margin: .3em 0; opacity: .7 }
+.tabs > input { position: absolute; opacity: 0 }
+.tabs > label { display: inline-block; padding: 2px 12px; cursor: pointer }
+.tabs > input:checked + label { border-bottom: 3px solid #0072B2 }
+.tabs > input:focus-visible + label { outline: 2px solid }
 .tabs > .pane { display: none; padding-top: 8px }"""
 
 # %% ../nbs/45_report.ipynb #live
 class Live:
     "A run as its watcher sees it now; `answer` gives the page, or what has changed in it."
+
     def __init__(self, run: Path):
-        self.run, self.log, self.lock, self.n_experts = run, Log(run/'log.jsonl', log_numbers), threading.Lock(), None
-        self.samples = Log(run/'samples.jsonl', lambda row: text_row(row, self.n_experts))
+        self.run, self.log, self.lock, self.n_experts = (
+            run,
+            Log(run / 'log.jsonl', log_numbers),
+            threading.Lock(),
+            None,
+        )
+        self.samples = Log(run / 'samples.jsonl', lambda row: text_row(row, self.n_experts))
 
     def answer(self, path: str, layer: int, step: int) -> tuple[str, str] | None:
-        "(kind of content, content) of an address of the page; None where there is nothing newer than `step`, `BadInput` while it waits."
+        """(kind of content, content) of an address of the page.
+
+        None where there is nothing newer than `step`, `BadInput` while it waits.
+        """
         rows = with_bits(in_order(self.log.read()))
-        wait = f'waiting for {harmless(str(self.run))}' + ('/log.jsonl to get its first line' if self.run.is_dir() else ', which is not there')
-        if path == '/': return 'text/html', page(self.run.resolve().name, _live.replace('WAIT', '' if rows else html.escape(wait)))
-        if not rows: raise BadInput(wait)
+        wait = f'waiting for {harmless(str(self.run))}' + (
+            '/log.jsonl to get its first line' if self.run.is_dir() else ', which is not there'
+        )
+        if path == '/':
+            return 'text/html', page(
+                self.run.resolve().name, _live.replace('WAIT', '' if rows else html.escape(wait))
+            )
+        if not rows:
+            raise BadInput(wait)
         settings, routed, self.n_experts = settings_of(self.run), routed_rows(rows), experts_in(rows)
         if path == '/board' and rows[-1]['step'] != step:
             layers = len(routed[-1]['load']) if routed else 0
-            data = dict(step=rows[-1]['step'], layers=layers, svg=board_html(rows, max(0, min(layer, layers - 1))), facts=facts(rows, settings))
+            data = dict(
+                step=rows[-1]['step'],
+                layers=layers,
+                svg=board_html(rows, max(0, min(layer, layers - 1))),
+                facts=facts(rows, settings),
+            )
             return 'application/json', json.dumps(data)
         lines = self.samples.read() if path == '/text' else []
-        if lines and lines[-1]['step'] != step and (s := samples_of(lines, rows[-1]['step'])) and s.steps[-1] != step:
+        if (
+            lines
+            and lines[-1]['step'] != step
+            and (s := samples_of(lines, rows[-1]['step']))
+            and s.steps[-1] != step
+        ):
             data = dict(step=s.steps[-1], text=routed_text(s.lines, n_experts_of(s, settings)))
             return 'application/json', json.dumps(data)
 
 # %% ../nbs/45_report.ipynb #live-page
 _live = """<p>layer of the film: <select id="layer"></select> <span id="state">WAIT</span></p>
-<div id="board"></div><div id="facts"></div><h2>Text by expert</h2><div id="text">comes with the first evaluation of a model with experts</div>
+<div id="board"></div><div id="facts"></div>
+<h2>Text by expert</h2>
+<div id="text">comes with the first evaluation of a model with experts</div>
 <script>
 const at = id => document.getElementById(id), have = {board: -1, text: -1}
 async function look(part) {
   const answer = await fetch(`/${part}?step=${have[part]}&layer=${at('layer').value || 0}`)
-  if (answer.status == 500) { at('state').textContent = await answer.text(); have.board = have.text = -1 }     // another run may come
+  if (answer.status == 500) {
+    at('state').textContent = await answer.text()
+    have.board = have.text = -1                                     // another run may come
+  }
   else if (part == 'board') at('state').textContent = ''
   if (answer.status != 200) return
   const data = await answer.json(); have[part] = data.step
@@ -337,7 +577,10 @@ async function look(part) {
   while (at('layer').length < data.layers) at('layer').add(new Option(at('layer').length))
 }
 async function again() {
-  try { await look('board'); await look('text') } catch (e) { at('state').textContent = 'the watcher has ended; this is what it saw last' }
+  try { await look('board'); await look('text') }
+  catch (e) {
+    at('state').textContent = 'the watcher has ended; this is what it saw last'
+  }
   setTimeout(again, 1000)
 }
 at('layer').onchange = () => { have.board = -1; look('board') }
@@ -346,105 +589,173 @@ again()
 
 # %% ../nbs/45_report.ipynb #server
 def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> ThreadingHTTPServer:
-    "A web server that shows a run as it is, to this machine alone by default; port 0 takes any free one. Start it by `serve_forever()`."
+    """A web server that shows a run as it is, to this machine alone by default.
+
+    Port 0 takes any free one. Start it by `serve_forever()`.
+    """
     live = Live(resolve(run))
-    names = {'localhost', host.lower(), *([socket.gethostname().lower()] if host not in ('127.0.0.1', 'localhost') else [])}
+    names = {
+        'localhost',
+        host.lower(),
+        *([socket.gethostname().lower()] if host not in ('127.0.0.1', 'localhost') else []),
+    }
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             asked = re.fullmatch(r'(.*?)(:\d+)?', self.headers.get('Host', '').lower())[1]
-            if asked not in names and not is_address(asked): return self.send_error(403)     # a name elsewhere that was made to lead here
-            try: address = urlsplit(self.path)
-            except ValueError: return self.send_error(400)
-            asked = {key: int(values[0]) for key, values in parse_qs(address.query).items()
-                     if re.fullmatch(r'-?[0-9]{1,9}', values[0])}
+            if asked not in names and not is_address(asked):
+                return self.send_error(403)  # a name elsewhere that was made to lead here
             try:
-                with live.lock: found = live.answer(address.path, asked.get('layer', 0), asked.get('step', -1))
+                address = urlsplit(self.path)
+            except ValueError:
+                return self.send_error(400)
+            asked = {
+                key: int(values[0])
+                for key, values in parse_qs(address.query).items()
+                if re.fullmatch(r'-?[0-9]{1,9}', values[0])
+            }
+            try:
+                with live.lock:
+                    found = live.answer(address.path, asked.get('layer', 0), asked.get('step', -1))
                 status = 200 if found else 204
-            except BadInput as e: found, status = ('text/plain', str(e)), 500
-            if address.path not in ('/', '/board', '/text'): found, status = None, 404
-            with suppress(ConnectionError):                     # a page that was closed
+            except BadInput as e:
+                found, status = ('text/plain', str(e)), 500
+            if address.path not in ('/', '/board', '/text'):
+                found, status = None, 404
+            with suppress(ConnectionError):  # a page that was closed
                 self.send_response(status)
-                if found: self.send_header('Content-Type', f'{found[0]}; charset=utf-8')
+                if found:
+                    self.send_header('Content-Type', f'{found[0]}; charset=utf-8')
                 self.end_headers()
-                if found: self.wfile.write(found[1].encode('utf-8', 'replace'))
+                if found:
+                    self.wfile.write(found[1].encode('utf-8', 'replace'))
 
-        def log_message(self, *words): pass                     # a line per question would hide the address
-    if not host: raise BadInput('host must be an address or a name, got an empty one')
-    class Server(ThreadingHTTPServer): address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    try: return Server((host, port), Handler)
+        def log_message(self, *words):
+            pass  # a line per question would hide the address
+
+    if not host:
+        raise BadInput('host must be an address or a name, got an empty one')
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
+
+    try:
+        return Server((host, port), Handler)
     except (OSError, OverflowError) as e:
-        raise BadInput(f'port {port} of {harmless(host)} cannot be used: {getattr(e, "strerror", None) or e}; --port 0 finds a free one') from None
+        raise BadInput(
+            f'port {port} of {harmless(host)} cannot be used: {getattr(e, "strerror", None) or e}; --port '
+            '0 finds a free one'
+        ) from None
+
 
 def is_address(host: str) -> bool:
     "Whether a host is given by number, which no name service can make lead elsewhere."
-    with suppress(ValueError): return bool(ipaddress.ip_address(host.strip('[]')))
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(host.strip('[]')))
     return False
 
 # %% ../nbs/45_report.ipynb #main
 @dataclass(frozen=True)
 class Picture:
     "Draw a picture of a run, or of a preset's model, as a PNG file, or a report as an HTML page"
-    out: str | None = None  # file to write; None is RUN/experts.png, RUN/curve.png, RUN/report.html or out/PRESET-model.png
+
+    # file to write; None is RUN/experts.png, RUN/curve.png, RUN/report.html or out/PRESET-model.png
+    out: str | None = None
+
 
 @dataclass(frozen=True)
 class Watching:
     "Show a run in the browser while it goes on"
+
     port: int | None = None  # of the page; None is 8712, or the next free one
     host: str = '127.0.0.1'  # address to serve at; 0.0.0.0 lets other machines and containers in
     open: bool = True  # open the browser
 
+
 def drawn(kind: str, what: str, out: str | None) -> Path:
     "Write what the command line asks for; returns the file."
     run = resolve(what)
-    if kind == 'model' and what not in PRESETS: raise BadInput(f'there is no preset {what}{nearest(what, PRESETS)}')
-    if kind == 'report': path, content = run/'report.html', report(run).encode('utf-8', 'replace')
+    if kind == 'model' and what not in PRESETS:
+        raise BadInput(f'there is no preset {what}{nearest(what, PRESETS)}')
+    if kind == 'report':
+        path, content = run / 'report.html', report(run).encode('utf-8', 'replace')
     else:
-        path = resolve(f'out/{what}-model.png') if kind == 'model' else run/f'{kind}.png'
-        fig = (draw_model(PRESETS[what][0]) if kind == 'model' else curve_of(run) if kind == 'curve'
-               else experts_figure(read_rows(run/'log.jsonl'), run.resolve().name))
+        path = resolve(f'out/{what}-model.png') if kind == 'model' else run / f'{kind}.png'
+        fig = (
+            draw_model(PRESETS[what][0])
+            if kind == 'model'
+            else curve_of(run)
+            if kind == 'curve'
+            else experts_figure(read_rows(run / 'log.jsonl'), run.resolve().name)
+        )
         content = png(fig, dpi=120)
     path = resolve(out) if out else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    except OSError as e: raise BadInput(f'{path} cannot be written: {e.strerror}') from None
+    except OSError as e:
+        raise BadInput(f'{path} cannot be written: {e.strerror}') from None
     return path
 
 # %% ../nbs/45_report.ipynb #watch
 def watch(run: str | Path, port: int | None = None, open: bool = True, host: str = '127.0.0.1'):
     "Serve a page that shows the run as it goes on, until Ctrl-C; it may be there before the run is."
     folder = resolve(run)
-    if folder.is_file(): raise BadInput(f'{harmless(str(run))} is a file; name the folder of a run')
+    if folder.is_file():
+        raise BadInput(f'{harmless(str(run))} is a file; name the folder of a run')
     with server_at(run, port, host) as http:
         here, n = host in ('127.0.0.1', 'localhost', '0.0.0.0', '::', '::1'), http.server_port
         at = 'localhost' if here else f'[{host}]' if ':' in host else host
         say(f'watching    {harmless(str(run))} at http://{at}:{n}/ (Ctrl-C ends)')
         say(f'elsewhere   ssh -L {n}:{at}:{n} {socket.gethostname()}, then http://localhost:{n}/ there')
-        if not os.path.exists(folder/'log.jsonl'):
-            beside = sorted(path.name for path in folder.parent.iterdir() if os.path.exists(path/'log.jsonl')) if folder.parent.is_dir() else []
-            say(harmless(f'waiting     for {folder}' + (f'; runs beside it: {", ".join(beside[:9])}' if beside else '')))
+        if not os.path.exists(folder / 'log.jsonl'):
+            beside = (
+                sorted(path.name for path in folder.parent.iterdir() if os.path.exists(path / 'log.jsonl'))
+                if folder.parent.is_dir()
+                else []
+            )
+            say(
+                harmless(
+                    f'waiting     for {folder}'
+                    + (f'; runs beside it: {", ".join(beside[:9])}' if beside else '')
+                )
+            )
         try:
-            if open: webbrowser.open(f'http://{at}:{n}/')
+            if open:
+                webbrowser.open(f'http://{at}:{n}/')
             http.serve_forever()
-        except KeyboardInterrupt: print()
+        except KeyboardInterrupt:
+            print()
+
 
 def server_at(run: str | Path, port: int | None, host: str) -> ThreadingHTTPServer:
     "The `server` at a port; at None the first free one from 8712 on, since another watcher may have that."
     for usual in range(8712, 8732) if port is None else ():
-        with suppress(BadInput): return server(run, usual, host)
+        with suppress(BadInput):
+            return server(run, usual, host)
     return server(run, port or 0, host)
 
 # %% ../nbs/45_report.ipynb #viz-main
 def main(argv: list[str] | None = None):
-    "`python -m nanomoe.viz {experts,curve,report} RUN [--out FILE]`, `watch RUN [--port N]` or `model PRESET [--out FILE]`."
+    """`python -m nanomoe.viz {experts,curve,report} RUN [--out FILE]`, `watch RUN [--port N]` or `model
+    PRESET [--out FILE]`.
+    """
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
         kind = subcommand(argv, ('experts', 'curve', 'report', 'watch', 'model'), 'viz')
         knobs = Watching() if kind == 'watch' else Picture()
         asks = [word for word in argv if word in ('-h', '--help', '--version')]
         knobs = from_command_line(type(knobs), knobs, asks or argv[2:], 'viz')
-        if len(argv) < 2 or argv[1].startswith('-'): raise BadInput(f'name the {"preset" if kind == "model" else "run"} to show')
-        if kind == 'watch': watch(argv[1], knobs.port, knobs.open, knobs.host)
-        else: print(f'{"report" if kind == "report" else "picture":11} {harmless(str(drawn(kind, argv[1], knobs.out)))}')
+        if len(argv) < 2 or argv[1].startswith('-'):
+            raise BadInput(f'name the {"preset" if kind == "model" else "run"} to show')
+        if kind == 'watch':
+            watch(argv[1], knobs.port, knobs.open, knobs.host)
+        else:
+            print(
+                f'{"report" if kind == "report" else "picture":11} '
+                f'{harmless(str(drawn(kind, argv[1], knobs.out)))}'
+            )
 
-if __name__ == '__main__' and '__file__' in globals(): main()
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()

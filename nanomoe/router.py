@@ -19,25 +19,28 @@ from .config import ModelConfig
 # %% ../nbs/01_router.ipynb #routing
 class Routing(NamedTuple):
     "One MoE layer's decisions for N tokens"
-    logits: Tensor              # (N, E) float32, before softmax
-    probs: Tensor               # (N, E)
-    expert_ids: Tensor          # (N, K) best first
-    gates: Tensor               # (N, K) weight of each choice in the output
+
+    logits: Tensor  # (N, E) float32, before softmax
+    probs: Tensor  # (N, E)
+    expert_ids: Tensor  # (N, K) best first
+    gates: Tensor  # (N, K) weight of each choice in the output
     kept: Tensor | None = None  # (N, K) False = expert was full; None = nothing dropped
 
 # %% ../nbs/01_router.ipynb #choose
-def choose(logits: Tensor, top_k: int, gates: str = 'all', score: str = 'softmax', bias: Tensor | None = None) -> Routing:
+def choose(
+    logits: Tensor, top_k: int, gates: str = 'all', score: str = 'softmax', bias: Tensor | None = None
+) -> Routing:
     """Route by router logits (N, E) to the `top_k` experts of each token.
 
-    `gates='all'`: a choice's weight is its score, for softmax its share among all E (Switch, 2101.03961 eq. 2).
-    `gates='chosen'`: the weights of the K chosen sum to 1 (1701.06538 eq. 3-5; Mixtral).
-    `score='sigmoid'`: each expert is scored on its own (DeepSeek-V3, 2412.19437 eq. 12-15). Shares of sigmoids are
-    taken by logarithms: in float32 a sigmoid is 0 from about -90 down, and 0/0 would be NaN.
+    `gates='all'`: a choice's weight is its score, for softmax its share among all E (Switch, 2101.03961 eq.
+    2). `gates='chosen'`: the weights of the K chosen sum to 1 (1701.06538 eq. 3-5; Mixtral).
+    `score='sigmoid'`: each expert is scored on its own (DeepSeek-V3, 2412.19437 eq. 12-15). Shares of
+    sigmoids are taken by logarithms: in float32 a sigmoid is 0 from about -90 down, and 0/0 would be NaN.
     `bias` (E,) is added to the scores for choosing, never to the gates (2408.15664).
     """
-    scores = logits.softmax(-1) if score == 'softmax' else logits.sigmoid()     # (N, E)
-    expert_ids = (logits if bias is None else scores + bias).topk(top_k, dim=-1).indices    # (N, K)
-    logs = logits if score == 'softmax' else F.logsigmoid(logits)       # a softmax of these: scores / their sum
+    scores = logits.softmax(-1) if score == 'softmax' else logits.sigmoid()  # (N, E)
+    expert_ids = (logits if bias is None else scores + bias).topk(top_k, dim=-1).indices  # (N, K)
+    logs = logits if score == 'softmax' else F.logsigmoid(logits)  # a softmax of these: scores / their sum
     weights = logs.gather(-1, expert_ids).softmax(-1) if gates == 'chosen' else scores.gather(-1, expert_ids)
     return Routing(logits, scores if score == 'softmax' else logs.softmax(-1), expert_ids, weights)
 
@@ -48,6 +51,7 @@ class TopKRouter(nn.Module):
     `router='noisy'` adds softplus(x W_noise)·ε, ε ~ N(0, 1), to the logits in training (1701.06538 eq. 4).
     `balance='bias'` gives it a buffer that `choose` adds to the scores, and that training moves.
     """
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg, E = cfg, cfg.n_experts
@@ -63,24 +67,31 @@ class TopKRouter(nn.Module):
         "Scores (N, E) in float32 or better, with jitter (Switch, 2101.03961 §2.4) and noise in training."
         exact, eps, device = torch.promote_types(x.dtype, torch.float32), self.cfg.jitter, x.device.type
         full = self.cfg.router_float32 or not torch.is_autocast_enabled(device)
-        if self.cfg.router_float32: x = x.to(exact)
-        if self.training and eps: x = x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)
+        if self.cfg.router_float32:
+            x = x.to(exact)
+        if self.training and eps:
+            x = x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)
         with torch.autocast(device, enabled=not full):
-            logits = self.score(x)                                      # (N, E)
+            logits = self.score(x)  # (N, E)
             if self.noise is not None and self.training:
                 logits = logits + F.softplus(self.noise(x)) * torch.randn_like(logits)
         return logits.to(exact)
 
 # %% ../nbs/01_router.ipynb #other-routers
 def even_shares(factor: float, n_choices: int, n_experts: int) -> int:
-    "`factor` even shares of the choices, rounded down: 1.15 shares of 200 choices among 10 experts are 23, not 22."
-    return math.floor(factor * n_choices / n_experts * (1 + 1e-12))     # 1.15 is a little less in binary
+    """`factor` even shares of the choices, rounded down: 1.15 shares of 200 choices among 10 experts are 23,
+    not 22.
+    """
+    return math.floor(factor * n_choices / n_experts * (1 + 1e-12))  # 1.15 is a little less in binary
+
 
 class ExpertChoiceRouter(TopKRouter):
     """Each expert takes the tokens it scores highest (2202.09368): x (N, C) -> `Routing` with K = E columns.
 
-    `kept` marks what was taken; a token's taken experts come first. Not causal: later tokens compete with earlier.
+    `kept` marks what was taken; a token's taken experts come first. Not causal: later tokens compete with
+    earlier.
     """
+
     def n_taken(self, N: int) -> int:
         "Tokens each expert takes: `capacity_factor` fair shares of N·K choices, 1 to N."
         factor = self.cfg.capacity_factor if self.training else self.cfg.eval_capacity_factor
@@ -88,10 +99,10 @@ class ExpertChoiceRouter(TopKRouter):
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Routing:
         logits = self.logits(x)
-        probs = logits.softmax(-1)                                      # (N, E)
-        best = probs.topk(self.n_taken(len(x)), dim=0).indices          # (S, E) token ids
+        probs = logits.softmax(-1)  # (N, E)
+        best = probs.topk(self.n_taken(len(x)), dim=0).indices  # (S, E) token ids
         taken = torch.zeros_like(probs, dtype=torch.bool).scatter_(0, best, True)
-        expert_ids = (probs.detach() + 2 * taken).argsort(-1, descending=True)      # (N, E)
+        expert_ids = (probs.detach() + 2 * taken).argsort(-1, descending=True)  # (N, E)
         return Routing(logits, probs, expert_ids, probs.gather(-1, expert_ids), taken.gather(-1, expert_ids))
 
 # %% ../nbs/01_router.ipynb #hash-router
@@ -100,19 +111,23 @@ class HashRouter(nn.Module):
 
     Each gate is 1/K. Raises `ValueError` without token ids (N,).
     """
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        if cfg.vocab_size is None: raise ValueError('vocab_size must be set for hash routing, got None')
+        if cfg.vocab_size is None:
+            raise ValueError('vocab_size must be set for hash routing, got None')
         scores = torch.rand(cfg.vocab_size, cfg.n_experts)
-        self.register_buffer('table', scores.argsort(-1)[:, :cfg.top_k].contiguous())   # (V, K)
+        self.register_buffer('table', scores.argsort(-1)[:, : cfg.top_k].contiguous())  # (V, K)
         self.n_experts = cfg.n_experts
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Routing:
-        if ids is None: raise ValueError('hash routing needs the token ids')
-        expert_ids = self.table[ids.flatten()]                          # (N, K)
+        if ids is None:
+            raise ValueError('hash routing needs the token ids')
+        expert_ids = self.table[ids.flatten()]  # (N, K)
         gates = torch.full(expert_ids.shape, 1 / expert_ids.size(1), device=x.device)
         probs = torch.zeros(len(gates), self.n_experts, device=x.device).scatter(-1, expert_ids, gates)
         return Routing(torch.zeros_like(probs), probs, expert_ids, gates)
+
 
 def make_router(cfg: ModelConfig) -> nn.Module:
     "The router that `cfg.router` names: (x (N, C), token ids (N,)) -> `Routing`."
@@ -120,7 +135,14 @@ def make_router(cfg: ModelConfig) -> nn.Module:
 
 # %% ../nbs/01_router.ipynb #load-of
 def expert_counts(r: Routing, n_experts: int, counted: Tensor | None = None) -> Tensor:
-    "Choices each expert got, (E,) float32, before any is dropped; of the tokens that are 1 in `counted` (N,), or of all."
+    """Choices each expert got, (E,) float32, before any is dropped.
+
+    Of the tokens that are 1 in `counted` (N,), or of all.
+    """
     ids, device = r.expert_ids, r.expert_ids.device
-    ones = torch.ones(ids.numel(), device=device) if counted is None else counted.float().repeat_interleave(ids.size(1))
+    ones = (
+        torch.ones(ids.numel(), device=device)
+        if counted is None
+        else counted.float().repeat_interleave(ids.size(1))
+    )
     return torch.zeros(n_experts, device=device).index_add_(0, ids.flatten(), ones)

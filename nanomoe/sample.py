@@ -31,22 +31,26 @@ from .pretrained import load_model, tokenizer_of
 from .router import Routing
 
 # %% ../nbs/10_sample.ipynb #distribution
-def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float = 1.0) -> Tensor:
+def distribution(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
     """Probabilities (B, V) to draw the next token from, given its logits (B, V).
 
-    `temperature` 0 puts all weight on the best; `top_k` keeps the k best (1805.04833); `top_p` the fewest that
-    together have that probability (1904.09751).
+    `temperature` 0 puts all weight on the best; `top_k` keeps the k best (1805.04833); `top_p` the fewest
+    that together have that probability (1904.09751).
     """
-    if temperature == 0: return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-10)        # below that only the best counts
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # below that only the best counts
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-10)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probs = logits.softmax(-1)
-    if top_p >= 1: return probs
+    if top_p >= 1:
+        return probs
     ranked, order = probs.sort(descending=True)
-    over = ranked.cumsum(-1) - ranked >= top_p                          # the one that crosses top_p stays
-    over[:, 0] = False                                                  # so does the best, however small top_p is
+    over = ranked.cumsum(-1) - ranked >= top_p  # the one that crosses top_p stays
+    over[:, 0] = False  # so does the best, however small top_p is
     ranked = ranked.masked_fill(over, 0.0)
     probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     return probs / probs.sum(-1, keepdim=True)
@@ -54,39 +58,56 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
 # %% ../nbs/10_sample.ipynb #generate
 class Step(NamedTuple):
     "One new token of each row, and the routing of the positions that were read to find it"
-    ids: Tensor                    # (B,)
+
+    ids: Tensor  # (B,)
     routings: tuple[Routing, ...]  # one per MoE layer
 
+
 @torch.no_grad()
-def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float = 1.0, n_vocab: int | None = None, use_cache: bool = True,
-             compile: bool = False) -> Iterator[Step]:
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    n_vocab: int | None = None,
+    use_cache: bool = True,
+    compile: bool = False,
+) -> Iterator[Step]:
     """Continue the rows idx (B, T), a token each per step.
 
-    Ids from `n_vocab` on, which the tokenizer lacks, never come. With the cache each step reads only the newest
-    token; once `block_size` positions are full, each reads the last `block_size` anew, because learnt positions
-    cannot be shifted. Where `eval_capacity_factor` makes queues, a single token always finds room: with the cache the text is another. Only the last position goes through the head. With `compile`, steps of one token run compiled,
-    on CUDA as one CUDA graph.
+    Ids from `n_vocab` on, which the tokenizer lacks, never come. With the cache each step reads only the
+    newest token; once `block_size` positions are full, each reads the last `block_size` anew, because learnt
+    positions cannot be shifted. Where `eval_capacity_factor` makes queues, a single token always finds room:
+    with the cache the text is another. Only the last position goes through the head. With `compile`, steps of
+    one token run compiled, on CUDA as one CUDA graph.
     """
     size, was_training = model.cfg.block_size, model.training
     room = min(size, idx.size(1) + max_new_tokens)
-    cache = [FixedKVCache(room, idx.device) if compile else KVCache(room) for _ in model.h] if use_cache else None
+    cache = (
+        [FixedKVCache(room, idx.device) if compile else KVCache(room) for _ in model.h] if use_cache else None
+    )
     one_token = torch.compile(model.hidden, mode='reduce-overhead') if compile else None
-    new = idx                                                           # what the cache has not seen
+    new = idx  # what the cache has not seen
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            if idx.size(1) > size: cache = None
-            single = compile and cache is not None and new is not idx               # the prompt goes before, uncompiled
+            if idx.size(1) > size:
+                cache = None
+            single = compile and cache is not None and new is not idx  # the prompt goes before, uncompiled
             hidden = one_token if single else model.hidden
-            x, routings = hidden(new if cache else idx[:, -size:], cache)               # (B, T, C)
-            if single: routings = copied(routings)
-            logits = F.linear(x[:, -1], model.wte.weight).float()       # (B, V)
-            logits[:, n_vocab or logits.size(-1):] = -torch.inf
-            new = torch.multinomial(distribution(logits, temperature, top_k, top_p), 1)      # (B, 1)
+            x, routings = hidden(new if cache else idx[:, -size:], cache)  # (B, T, C)
+            if single:
+                routings = copied(routings)
+            logits = F.linear(x[:, -1], model.wte.weight).float()  # (B, V)
+            logits[:, n_vocab or logits.size(-1) :] = -torch.inf
+            new = torch.multinomial(distribution(logits, temperature, top_k, top_p), 1)  # (B, 1)
             idx = torch.cat([idx, new], 1)
             yield Step(new.squeeze(1), routings)
-    finally: model.train(was_training)
+    finally:
+        model.train(was_training)
+
 
 def copied(routings: tuple[Routing, ...]) -> tuple[Routing, ...]:
     "Copies, because the next replay of a CUDA graph writes over its outputs."
@@ -94,46 +115,63 @@ def copied(routings: tuple[Routing, ...]) -> tuple[Routing, ...]:
 
 # %% ../nbs/10_sample.ipynb #rows-compete
 def rows_compete(cfg: ModelConfig) -> bool:
-    "Whether the rows of a batch share the experts' places, so that a text depends on those written beside it."
+    """Whether the rows of a batch share the experts' places, so that a text depends on those written beside
+    it.
+    """
     shares_queues = cfg.eval_capacity_factor is not None and cfg.capacity_over == 'micro_batch'
     return cfg.n_experts > 1 and (cfg.router == 'expert_choice' or shares_queues)
 
 # %% ../nbs/10_sample.ipynb #load
 def load(where: str | Path, device: str = 'auto'):
-    "(model, tokenizer) of a run or one of its steps, gpt2…, a folder of `transformers` or a ckpt.pt; or `BadInput`."
+    """(model, tokenizer) of a run or one of its steps, gpt2…, a folder of `transformers` or a ckpt.pt.
+
+    Or `BadInput`.
+    """
     model, tokenizer = load_model(where), tokenizer_of(where)
     if tokenizer.n_vocab > (V := model.cfg.vocab_size):
-        raise BadInput(f'the tokenizer of {where} has {tokenizer.n_vocab} entries, more than the model, whose vocab_size is {V}')
+        raise BadInput(
+            f'the tokenizer of {where} has {tokenizer.n_vocab} entries, more than the model, whose '
+            f'vocab_size is {V}'
+        )
     return model.to(find_device(device)).eval(), tokenizer
+
 
 def prompt(tokenizer, text: str) -> Tensor:
     "Ids (1, T) that begin a text: the end of a document, then the text."
     return torch.tensor([[tokenizer.eot_token, *ids_of(tokenizer, text, 'the text to continue').tolist()]])
+
 
 def stream(tokenizer, ids: Iterable[int]) -> Iterator[str]:
     "Text of token ids as they come; a character whose bytes are not complete yet waits for the rest."
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     for i in ids:
         if i == tokenizer.eot_token:
-            yield decoder.decode(b'', final=True) + '\n'                # what the document's end cut off
+            yield decoder.decode(b'', final=True) + '\n'  # what the document's end cut off
             decoder.reset()
-        else: yield decoder.decode(tokenizer.decode_single_token_bytes(i))
+        else:
+            yield decoder.decode(tokenizer.decode_single_token_bytes(i))
     yield decoder.decode(b'', final=True)
 
 # %% ../nbs/10_sample.ipynb #until-stop
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    "The text of the pieces up to the stop string that is complete first; what may begin one waits for the rest."
+    """The text of the pieces up to the stop string that is complete first.
+
+    What may begin one waits for the rest.
+    """
     held = ''
     for piece in pieces:
         held += piece
         found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
         if found:
-            yield held[:min(found)[1]]
+            yield held[: min(found)[1]]
             return
-        waiting = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        yield held[:len(held) - waiting]
-        held = held[len(held) - waiting:]
+        waiting = max(
+            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0
+        )
+        yield held[: len(held) - waiting]
+        held = held[len(held) - waiting :]
     yield held
+
 
 def unescaped(text: str) -> str:
     r"The text that \n, \t and \\ stand for on a command line; other backslashes are themselves."
@@ -143,12 +181,15 @@ def unescaped(text: str) -> str:
 @dataclass(frozen=True)
 class Sampling:
     "Let a trained run write"
+
     start: str = ''  # text to continue
     start_file: str | None = None  # file with the text to continue
     domains: bool = False  # continue the beginning of each domain's held-out text, as the run wrote it down
     num_samples: int = 1  # texts to write, side by side
     max_new_tokens: int = 200  # tokens per text
-    stop: tuple[str, ...] = ()  # end a text before one of these; \n is a line break, <|endoftext|> a document's end
+    stop: tuple[
+        str, ...
+    ] = ()  # end a text before one of these; \n is a line break, <|endoftext|> a document's end
     temperature: float = 0.8  # below 1 sharpens, 0 always takes the likeliest token
     top_k: int | None = 200  # only the k likeliest tokens; None for all
     top_p: float = 1.0  # only the likeliest tokens that together have this probability
@@ -159,69 +200,104 @@ class Sampling:
 # %% ../nbs/10_sample.ipynb #check-sampling
 def check_sampling(s: Sampling):
     "Raise `BadInput` with every rule that the settings break."
-    rules = [(s.num_samples >= 1, f'num_samples must be at least 1, got {s.num_samples}'),
-             (s.max_new_tokens >= 1, f'max_new_tokens must be at least 1, got {s.max_new_tokens}'),
-             (0 <= s.temperature < float('inf'),
-              f'temperature must be a finite number of at least 0, got {s.temperature}'),
-             (s.top_k is None or s.top_k >= 1, f'top_k must be at least 1, or None, got {s.top_k}'),
-             (0 <= s.seed < 2**64, f'seed must be at least 0 and below 2**64, got {s.seed}'),
-             (0 < s.top_p <= 1, f'top_p must be above 0 and at most 1, got {s.top_p}'),
-             (all(s.stop), 'stop must be texts that are not empty, got an empty one'),
-             (not s.start.startswith('FILE:'), f'start takes text; use --start_file={s.start[5:]} for a file'),
-             (bool(s.start) + bool(s.start_file) + s.domains < 2, 'only one of start, start_file and domains can be given')]
+    rules = [
+        (s.num_samples >= 1, f'num_samples must be at least 1, got {s.num_samples}'),
+        (s.max_new_tokens >= 1, f'max_new_tokens must be at least 1, got {s.max_new_tokens}'),
+        (
+            0 <= s.temperature < float('inf'),
+            f'temperature must be a finite number of at least 0, got {s.temperature}',
+        ),
+        (s.top_k is None or s.top_k >= 1, f'top_k must be at least 1, or None, got {s.top_k}'),
+        (0 <= s.seed < 2**64, f'seed must be at least 0 and below 2**64, got {s.seed}'),
+        (0 < s.top_p <= 1, f'top_p must be above 0 and at most 1, got {s.top_p}'),
+        (all(s.stop), 'stop must be texts that are not empty, got an empty one'),
+        (not s.start.startswith('FILE:'), f'start takes text; use --start_file={s.start[5:]} for a file'),
+        (
+            bool(s.start) + bool(s.start_file) + s.domains < 2,
+            'only one of start, start_file and domains can be given',
+        ),
+    ]
     problems = [sentence for ok, sentence in rules if not ok]
-    if problems: raise BadInput('\n'.join(problems))
+    if problems:
+        raise BadInput('\n'.join(problems))
 
 # %% ../nbs/10_sample.ipynb #texts
 def texts(model: GPT, tokenizer, idx: Tensor, s: Sampling) -> Iterator[Iterator[str]]:
     """The pieces of each text that continues idx (1, T), to be read one text after the other.
 
-    All are rows of one batch, and steps end when every text has. Rows that compete for experts go one at a time,
-    because a text would change with those beside it. The end of a document is a line break, unless it is a stop.
+    All are rows of one batch, and steps end when every text has. Rows that compete for experts go one at a
+    time, because a text would change with those beside it. The end of a document is a line break, unless it
+    is a stop.
     """
     stops = [unescaped(stop) for stop in s.stop]
     rows = 1 if rows_compete(model.cfg) else s.num_samples
     for _ in range(s.num_samples // rows):
-        steps = generate(model, idx.expand(rows, -1), s.max_new_tokens, s.temperature, s.top_k, s.top_p,
-                         tokenizer.n_vocab)
+        steps = generate(
+            model, idx.expand(rows, -1), s.max_new_tokens, s.temperature, s.top_k, s.top_p, tokenizer.n_vocab
+        )
         for i, column in enumerate(tee((step.ids.tolist() for step in steps), rows)):
             ids = map(itemgetter(i), column)
-            if '<|endoftext|>' in stops: ids = takewhile(tokenizer.eot_token.__ne__, ids)
+            if '<|endoftext|>' in stops:
+                ids = takewhile(tokenizer.eot_token.__ne__, ids)
             yield until_stop(stream(tokenizer, ids), stops)
 
 # %% ../nbs/10_sample.ipynb #sample-main
 def beginnings(run: str | Path, tokenizer, length: int = 24) -> dict[str, str]:
-    "The first tokens of each domain's held-out text, from samples.jsonl of a run; `BadInput` where it has none."
+    """The first tokens of each domain's held-out text, from samples.jsonl of a run.
+
+    `BadInput` where it has none.
+    """
     folder = resolve(run)
-    rows = [row for _, row in log_lines(folder/'samples.jsonl') if {'domain', 'ids'} <= row.keys()]
+    rows = [row for _, row in log_lines(folder / 'samples.jsonl') if {'domain', 'ids'} <= row.keys()]
     if not rows:
-        raise BadInput(f'domains needs the held-out texts of a run, and {folder} holds no samples.jsonl with any')
-    return {row['domain']: tokenizer.decode([i for i in row['ids'] if i != tokenizer.eot_token][:length]) for row in rows if row['step'] == rows[-1]['step']}
+        raise BadInput(
+            f'domains needs the held-out texts of a run, and {folder} holds no samples.jsonl with any'
+        )
+    return {
+        row['domain']: tokenizer.decode([i for i in row['ids'] if i != tokenizer.eot_token][:length])
+        for row in rows
+        if row['step'] == rows[-1]['step']
+    }
+
 
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.sample RUN [--start TEXT] …`"
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
-        if '--stop' not in argv: argv = words_first(argv)               # which takes several words
+        if '--stop' not in argv:
+            argv = words_first(argv)  # which takes several words
         run = argv[0] if argv and not argv[0].startswith('-') else None
         s = from_command_line(Sampling, Sampling(), argv[1:] if run else argv, 'sample')
         check_sampling(s)
         if run is None:
-            raise BadInput('name the folder of a run, such as out/onboard; gpt2; a folder of transformers; a ckpt.pt')
+            raise BadInput(
+                'name the folder of a run, such as out/onboard; gpt2; a folder of transformers; a ckpt.pt'
+            )
         if sum(word.split('=')[0] == '--stop' for word in argv) > 1:
             raise BadInput('stop takes all its texts at once, --stop A B, got --stop twice')
         model, tokenizer = load(run, s.device)
-        starts = beginnings(run, tokenizer) if s.domains else {'': ''.join(text_blocks(Path(s.start_file))) if s.start_file else s.start}
+        starts = (
+            beginnings(run, tokenizer)
+            if s.domains
+            else {'': ''.join(text_blocks(Path(s.start_file))) if s.start_file else s.start}
+        )
         torch.manual_seed(s.seed)
         device = model.wte.weight.device
         dtype = find_dtype('float32' if s.dtype == 'auto' and device.type != 'cuda' else s.dtype, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            written = ((domain, text, pieces) for domain, text in starts.items()
-                       for pieces in texts(model, tokenizer, prompt(tokenizer, text).to(device), s))
+            written = (
+                (domain, text, pieces)
+                for domain, text in starts.items()
+                for pieces in texts(model, tokenizer, prompt(tokenizer, text).to(device), s)
+            )
             for number, (domain, text, pieces) in enumerate(written):
-                if number or domain: print('\n' * (number > 0) + (f'-- {domain} ' if domain else '').ljust(40, '-'))
+                if number or domain:
+                    print('\n' * (number > 0) + (f'-- {domain} ' if domain else '').ljust(40, '-'))
                 print(text, end='')
-                for piece in pieces: print(piece, end='', flush=True)
+                for piece in pieces:
+                    print(piece, end='', flush=True)
         print()
 
-if __name__ == '__main__' and '__file__' in globals(): main()
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()

@@ -35,12 +35,15 @@ def load_ratio(load) -> np.ndarray:
 
 # %% ../nbs/05_viz.ipynb #colours
 _okabe_ito = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#444444']
-paper = 'background:#fff;color:#000;padding:6px;line-height:1.5'        # HTML black on white, in a dark theme too
+paper = 'background:#fff;color:#000;padding:6px;line-height:1.5'  # HTML black on white, in a dark theme too
+
 
 def expert_colour(e: int) -> str:
     "The colour of expert e in every picture: Okabe and Ito's, safe for the colour-blind, then a wheel."
-    if e < len(_okabe_ito): return _okabe_ito[e]
+    if e < len(_okabe_ito):
+        return _okabe_ito[e]
     return matplotlib.colors.to_hex(matplotlib.colormaps['hsv']((e * 0.618034) % 1.0))
+
 
 def luminance(colour: str) -> float:
     "How bright a colour looks, 0 (black) to 1 (white), as the web's contrast rule (WCAG 2) defines it."
@@ -48,9 +51,11 @@ def luminance(colour: str) -> float:
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
+
 def ink(colour: str) -> str:
     "Black or white, whichever reads better on this colour."
     return 'black' if (luminance(colour) + 0.05) ** 2 > 0.05 * 1.05 else 'white'
+
 
 def pale(colour: str, strength: float) -> str:
     "The colour laid on white, at full strength 1 and hardly there at 0."
@@ -65,22 +70,25 @@ def png(fig: Figure, dpi: int = 100) -> bytes:
     in_palette(PIL.Image.open(full).convert('RGB')).save(out, format='png', optimize=True)
     return out.getvalue()
 
+
 def in_palette(image: PIL.Image.Image) -> PIL.Image.Image:
     "The image in at most 256 colours, those of areas exact and those of edges near: a quarter of the bytes."
-    pixels = np.asarray(image).astype(int)                              # (height, width, 3)
+    pixels = np.asarray(image).astype(int)  # (height, width, 3)
     codes = pixels @ [65536, 256, 1]
     colours, where, counts = np.unique(codes, return_inverse=True, return_counts=True)
     inner, across, down = codes[1:-1, 1:-1], codes[1:-1], codes[:, 1:-1]
     alike = [inner == beside for beside in (across[:, :-2], across[:, 2:], down[:-2], down[2:])]
-    fills = np.isin(colours, inner[np.all(alike, 0)])                   # four neighbours share them
-    fills |= np.isin(colours, [int(expert_colour(e)[1:], 16) for e in range(64)])       # dots and thin lines have a meaning too
+    fills = np.isin(colours, inner[np.all(alike, 0)])  # four neighbours share them
+    # dots and thin lines have a meaning too
+    fills |= np.isin(colours, [int(expert_colour(e)[1:], 16) for e in range(64)])
     order = np.lexsort((-counts, ~fills))
     n = min(fills.sum() + 8, 240)
-    if counts[order[:n]].sum() < 0.75 * codes.size: n = 240              # a photograph rather than a chart
+    if counts[order[:n]].sum() < 0.75 * codes.size:
+        n = 240  # a photograph rather than a chart
     rgb = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1)
-    greys = np.arange(0, 256, 17)[:, None].repeat(3, 1)                 # 16 of them: the edges of letters
+    greys = np.arange(0, 256, 17)[:, None].repeat(3, 1)  # 16 of them: the edges of letters
     palette = np.concatenate([rgb[order[:n]], greys])
-    nearest = ((palette ** 2).sum(1) - 2 * rgb @ palette.T).argmin(1)   # squared distance, up to a constant
+    nearest = ((palette**2).sum(1) - 2 * rgb @ palette.T).argmin(1)  # squared distance, up to a constant
     small = PIL.Image.fromarray(nearest.astype(np.uint8)[where].reshape(codes.shape))
     small.putpalette(palette.astype(np.uint8).tobytes())
     return small
@@ -88,15 +96,20 @@ def in_palette(image: PIL.Image.Image) -> PIL.Image.Image:
 # %% ../nbs/05_viz.ipynb #figure
 class Still(Figure):
     "A figure that a notebook shows without pyplot: it belongs to no window and to no global state."
-    def _repr_png_(self) -> bytes: return png(self)
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
 
 def new_figure(width: float, height: float) -> Still:
     "An empty figure, its size in inches, on white so that it reads in a dark theme too."
     return Still(figsize=(width, height), layout='constrained', facecolor='white')
 
+
 def axes_in(ax: Axes | None, width: float, height: float) -> Axes:
     "The axes to draw in: the given ones, or those of a new figure."
     return ax or new_figure(min(width, 12), height).subplots()
+
 
 def frame(ax: Axes, title: str = '', **labels):
     "The look that all charts share: no box around them, a small title."
@@ -104,15 +117,24 @@ def frame(ax: Axes, title: str = '', **labels):
     ax.set_title(plain(title), fontsize=10)
     ax.set(**labels)
 
+
 def plain(text: str) -> str:
-    "Text that matplotlib shows as it is: a pair of dollar signs would be a formula, what its font lacks a box."
+    """Text that matplotlib shows as it is: a pair of dollar signs would be a formula, what its font lacks a
+    box.
+    """
     glyphs = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont('DejaVu Sans')).get_charmap()
     return ''.join(ch if ord(ch) in glyphs else ascii(ch)[1:-1] for ch in harmless(text)).replace('$', r'\$')
 
+
 def harmless(text: str, but: str = '') -> str:
-    "Text in which what a terminal or a page would obey, such as an escape or a turn of direction, is written out, except `but`."
-    obeyed, but = ('Cc', 'Cf', 'Cs', 'Zl', 'Zp'), but + '\u200c\u200d'      # some scripts and emoji need these
-    return ''.join(ascii(ch)[1:-1] if unicodedata.category(ch) in obeyed and ch not in but else ch for ch in text)
+    """Text in which what a terminal or a page would obey, such as an escape or a turn of direction, is
+    written out, except `but`.
+    """
+    obeyed, but = ('Cc', 'Cf', 'Cs', 'Zl', 'Zp'), but + '\u200c\u200d'  # some scripts and emoji need these
+    return ''.join(
+        ascii(ch)[1:-1] if unicodedata.category(ch) in obeyed and ch not in but else ch for ch in text
+    )
+
 
 def some(n: int, most: int = 16) -> range:
     "Which of n ticks to label, so that at most `most` are."
@@ -127,8 +149,9 @@ def choice_counts(routing, n_experts: int | None = None) -> tuple[np.ndarray, np
     return np.bincount(ids.ravel(), minlength=E), np.bincount(ids[~kept], minlength=E)
 
 # %% ../nbs/05_viz.ipynb #load-bars
-def load_bars(counts, dropped=None, capacity: int | None = None, title: str = '',
-              ax: Axes | None = None) -> Figure:
+def load_bars(
+    counts, dropped=None, capacity: int | None = None, title: str = '', ax: Axes | None = None
+) -> Figure:
     "Each expert's load as a multiple of a fair share, the dropped part hatched, with the capacity as a line."
     counts = np.asarray(counts, float)
     E, fair = len(counts), max(counts.mean(), 1e-12)
@@ -136,11 +159,20 @@ def load_bars(counts, dropped=None, capacity: int | None = None, title: str = ''
     lost = np.zeros(E) if dropped is None else np.asarray(dropped, float) / fair
     colours = [expert_colour(e) for e in range(E)]
     ax.bar(range(E), counts / fair - lost, color=colours)
-    ax.bar(range(E), lost, bottom=counts / fair - lost, color='none', edgecolor=colours, hatch='////',
-           label='dropped' if lost.any() else None)
+    ax.bar(
+        range(E),
+        lost,
+        bottom=counts / fair - lost,
+        color='none',
+        edgecolor=colours,
+        hatch='////',
+        label='dropped' if lost.any() else None,
+    )
     ax.axhline(1, color='k', lw=0.8, ls=':')
-    if capacity is not None: ax.axhline(capacity / fair, color='k', lw=1, label=f'capacity: {capacity} slots')
-    if capacity is not None or lost.any(): ax.legend(frameon=False, fontsize=8)
+    if capacity is not None:
+        ax.axhline(capacity / fair, color='k', lw=1, label=f'capacity: {capacity} slots')
+    if capacity is not None or lost.any():
+        ax.legend(frameon=False, fontsize=8)
     frame(ax, title, xlabel='expert', ylabel='load, fair share = 1', xticks=some(E))
     return ax.figure
 
@@ -152,17 +184,26 @@ def ratio_map(ratio, rows: Sequence[str] | None = None, title: str = '', ax: Axe
     ax = axes_in(ax, 0.5 * E + 2, min(0.35 * R + 1.2, 7))
     cells = ax.imshow(np.ma.masked_invalid(ratio), cmap='RdBu_r', vmin=0, vmax=2, aspect='auto')
     ax.set_facecolor('#dddddd')
-    if E > 16: ax.figure.colorbar(cells, ax=ax, extend='max', ticks=[0, 1, 2], pad=0.01)
+    if E > 16:
+        ax.figure.colorbar(cells, ax=ax, extend='max', ticks=[0, 1, 2], pad=0.01)
     for (i, e), r in np.ndenumerate(ratio):
         colour = 'white' if abs(r - 1) > 0.6 else 'black'
-        if E <= 16 and not np.isnan(r): ax.text(e, i, f'{r:.1f}', ha='center', va='center', fontsize=7, color=colour)
+        if E <= 16 and not np.isnan(r):
+            ax.text(e, i, f'{r:.1f}', ha='center', va='center', fontsize=7, color=colour)
     names = [plain(str(name)) for name in rows or range(R)]
-    frame(ax, title, xlabel='expert', xticks=some(E), yticks=some(R, 24), yticklabels=[names[i] for i in some(R, 24)])
+    frame(
+        ax,
+        title,
+        xlabel='expert',
+        xticks=some(E),
+        yticks=some(R, 24),
+        yticklabels=[names[i] for i in some(R, 24)],
+    )
     ax.spines[:].set_visible(False)
     return ax.figure
 
-def load_heatmap(load, rows: Sequence[str] | None = None, title: str = '',
-                 ax: Axes | None = None) -> Figure:
+
+def load_heatmap(load, rows: Sequence[str] | None = None, title: str = '', ax: Axes | None = None) -> Figure:
     "Load (rows, E) in fair shares; the rows are MoE layers unless named."
     return ratio_map(load_ratio(load), rows or [f'layer {i}' for i in range(len(load))], title, ax)
 
@@ -171,28 +212,37 @@ def finite(rows: Sequence[dict], key: str) -> list[dict]:
     "The rows that have a finite number there; a run that diverges logs others."
     return [row for row in rows if np.isfinite(row.get(key, np.nan))]
 
+
 def routed_rows(rows: Sequence[dict]) -> list[dict]:
     "The rows that hold a load; that of a step whose loss was not finite says nothing of a router."
-    routed = [row for row in rows if row.get('load') and np.isfinite([row.get('ce', 0), np.sum(row['load'])]).all() and np.min(row['load']) >= 0]
-    usual = Counter(np.shape(row['load']) for row in routed).most_common(1)         # a damaged line may have another
+    routed = [
+        row
+        for row in rows
+        if row.get('load')
+        and np.isfinite([row.get('ce', 0), np.sum(row['load'])]).all()
+        and np.min(row['load']) >= 0
+    ]
+    usual = Counter(np.shape(row['load']) for row in routed).most_common(1)  # a damaged line may have another
     return [row for row in routed if np.shape(row['load']) == usual[0][0]]
 
 # %% ../nbs/05_viz.ipynb #history
 def load_history(rows: Sequence[dict], layer: int = 0, ax: Axes | None = None) -> Figure:
     "The film of one layer: each expert's share of the choices, stacked, over a run's log lines."
     ax, rows = axes_in(ax, 6, 2.6), film_rows(rows, 400)
-    load = np.array([row['load'][layer] for row in rows], float)        # (rows, E)
+    load = np.array([row['load'][layer] for row in rows], float)  # (rows, E)
     E = load.shape[1]
     share = load / np.maximum(load.sum(1, keepdims=True), 1)
     ax.stackplot([row['step'] for row in rows], share.T, colors=[expert_colour(e) for e in range(E)], lw=0)
-    for border in np.arange(1, E) / E if E <= 16 else []:               # of equal shares
+    for border in np.arange(1, E) / E if E <= 16 else []:  # of equal shares
         ax.axhline(border, color='w', lw=0.5, ls=':')
     frame(ax, f'MoE layer {layer}', xlabel='step', ylabel='share of choices', ylim=(0, 1), xmargin=0)
     return ax.figure
 
+
 def film_rows(rows: Sequence[dict], most: int) -> list[dict]:
     "At most so many rows for a film; a single one is shown as lasting a step."
     return spread(rows, most) if len(rows) > 1 else [rows[0] | {'step': rows[0]['step'] - 1}, rows[0]]
+
 
 def spread(rows: Sequence, most: int) -> list:
     "At most so many of the rows, evenly, the first and the last among them."
@@ -200,17 +250,25 @@ def spread(rows: Sequence, most: int) -> list:
 
 # %% ../nbs/05_viz.ipynb #loss-curve
 def curve_points(rows: Sequence[dict]) -> tuple[str, np.ndarray, np.ndarray]:
-    "What every picture of a loss shows: its unit, and (step, loss) of training batches and of held-out text, each (n, 2)."
-    def points(key): return np.array([(row['step'], row[key]) for row in finite(rows, key)], float).reshape(-1, 2)
-    if finite(rows, 'bpb'): return 'bits per byte', points('bpb'), points('val_bpb')
+    """What every picture of a loss shows: its unit, and (step, loss) of training batches and of held-out
+    text, each (n, 2).
+    """
+
+    def points(key):
+        return np.array([(row['step'], row[key]) for row in finite(rows, key)], float).reshape(-1, 2)
+
+    if finite(rows, 'bpb'):
+        return 'bits per byte', points('bpb'), points('val_bpb')
     return 'nats per token', points('ce'), points('val_ce')
+
 
 def loss_curve(rows: Sequence[dict], marks: dict[str, float] | None = None, ax: Axes | None = None) -> Figure:
     "Loss over steps, in bits per byte where the log has them, with `marks` as horizontal lines."
     ax, (unit, trained, held) = axes_in(ax, 6, 3.2), curve_points(rows)
     dots = '.' if len(trained) < 3 else ''
     ax.plot(*trained.T, dots + '-', color='#56B4E9', lw=1, label='training batch')
-    if len(held): ax.plot(*held.T, marker='o', markersize=4, color='#0072B2', label='held out')
+    if len(held):
+        ax.plot(*held.T, marker='o', markersize=4, color='#0072B2', label='held out')
     for (name, value), style in zip((marks or {}).items(), ('--', ':', '-.')):
         ax.axhline(value, color='k', lw=0.8, ls=style, label=f'{name} {value:.3f}')
     ax.legend(frameon=False, fontsize=8)
@@ -219,13 +277,21 @@ def loss_curve(rows: Sequence[dict], marks: dict[str, float] | None = None, ax: 
 
 # %% ../nbs/05_viz.ipynb #specialisation
 def domain_load(row: dict, layer: int, most: int = 12) -> tuple[list[str], np.ndarray]:
-    "Of a log line with an evaluation: the domains' names, and their choices in a layer by expert, (D, E); small ones in one."
-    load = {key.removeprefix('val_load_'): np.array(row[key][layer]) for key in row if key.startswith('val_load_')}
-    small = sorted(load, key=lambda name: load[name].sum())[:len(load) - most + 1] if len(load) > most else []
+    """Of a log line with an evaluation: the domains' names, and their choices in a layer by expert, (D, E);
+    small ones in one.
+    """
+    load = {
+        key.removeprefix('val_load_'): np.array(row[key][layer]) for key in row if key.startswith('val_load_')
+    }
+    small = (
+        sorted(load, key=lambda name: load[name].sum())[: len(load) - most + 1] if len(load) > most else []
+    )
     names, counts = zip(*((name, load[name]) for name in load if name not in small)) if load else ((), ())
-    names = [name if len(name) <= 24 else f'{name[:14]}…{name[-9:]}' for name in names]     # two may look alike
-    if small: names, counts = [*names, f'{len(small)} others'], [*counts, sum(load[name] for name in small)]
+    names = [name if len(name) <= 24 else f'{name[:14]}…{name[-9:]}' for name in names]  # two may look alike
+    if small:
+        names, counts = [*names, f'{len(small)} others'], [*counts, sum(load[name] for name in small)]
     return names, np.array(counts)
+
 
 def specialisation(row: dict, layer: int, ax: Axes | None = None) -> Figure:
     "Expert × domain of one layer: 1 where a domain uses an expert no more and no less than a fair share."
@@ -234,13 +300,20 @@ def specialisation(row: dict, layer: int, ax: Axes | None = None) -> Figure:
 
 # %% ../nbs/05_viz.ipynb #token-classes
 def token_class(piece: str) -> str:
-    "What a token is by its look: end, blank, digits, word (after a blank), letters (without one), signs, or mixed."
+    """What a token is by its look: end, blank, digits, word (after a blank), letters (without one), signs, or
+    mixed.
+    """
     bare = piece.strip()
-    if re.fullmatch(r'<\|\w+\|>', piece): return 'end'
-    if not bare: return 'blank'
-    if bare.isdigit(): return 'digits'
-    if bare.isalpha(): return 'word' if piece[0].isspace() else 'letters'
+    if re.fullmatch(r'<\|\w+\|>', piece):
+        return 'end'
+    if not bare:
+        return 'blank'
+    if bare.isdigit():
+        return 'digits'
+    if bare.isalpha():
+        return 'word' if piece[0].isspace() else 'letters'
     return 'mixed' if any(c.isalnum() for c in bare) else 'signs'
+
 
 def class_load(pieces: Sequence[str], expert_ids, n_experts: int) -> tuple[list[str], np.ndarray]:
     "Classes that occur among the N pieces, and their choices (N, K) by expert, (classes, E)."
@@ -250,14 +323,22 @@ def class_load(pieces: Sequence[str], expert_ids, n_experts: int) -> tuple[list[
     return names, np.array([np.bincount(ids[classes == name].ravel(), minlength=n_experts) for name in names])
 
 # %% ../nbs/05_viz.ipynb #top-tokens
-def top_tokens(pieces: Sequence[str], expert_ids, n_experts: int, n: int = 6,
-               least: int = 3) -> list[list[tuple[str, float]]]:
-    "Each expert's favourites: up to n pieces seen `least` times, with the share of their tokens (N, K) it read."
+def top_tokens(
+    pieces: Sequence[str], expert_ids, n_experts: int, n: int = 6, least: int = 3
+) -> list[list[tuple[str, float]]]:
+    """Each expert's favourites: up to n pieces seen `least` times, with the share of their tokens (N, K) it
+    read.
+    """
     ids, seen, read = np.asarray(expert_ids), Counter(pieces), Counter()
-    for piece, chosen in zip(pieces, ids.tolist()): read.update((piece, e) for e in chosen)
+    for piece, chosen in zip(pieces, ids.tolist()):
+        read.update((piece, e) for e in chosen)
     share = {key: count / seen[key[0]] for key, count in read.items() if seen[key[0]] >= least}
-    def liked(e): return sorted((-s, -seen[p], p) for (p, f), s in share.items() if f == e)[:n]
+
+    def liked(e):
+        return sorted((-s, -seen[p], p) for (p, f), s in share.items() if f == e)[:n]
+
     return [[(piece, -minus) for minus, _, piece in liked(e)] for e in range(n_experts)]
+
 
 def top_tokens_table(favourites: list[list[tuple[str, float]]]) -> str:
     "HTML of `top_tokens`: a line per expert, each piece with the share of its tokens that this expert read."
@@ -268,14 +349,15 @@ def top_tokens_table(favourites: list[list[tuple[str, float]]]) -> str:
         lines.append(f'<div><span style="{style}">{e}</span> ' + ' &nbsp; '.join(words or ['–']) + '</div>')
     return f'<div style="{paper}">' + ''.join(lines) + '</div>'
 
+
 def visible(piece: str) -> str:
     "The piece with its blanks shown."
     return harmless(piece.translate({ord(' '): '␣', ord('\n'): '⏎', ord('\t'): '⇥', ord('\r'): '␍'}))
 
 # %% ../nbs/05_viz.ipynb #coloured-text
 def coloured_text(pieces: Sequence[str], expert_ids, gates=None, kept=None) -> str:
-    """HTML of a text, each token on its first expert's colour, paler than the text's largest gate by as much as its
-    own is smaller, struck out if dropped.
+    """HTML of a text, each token on its first expert's colour, paler than the text's largest gate by as much
+    as its own is smaller, struck out if dropped.
 
     `pieces`: N strings; `expert_ids`, `gates`, `kept`: (N, K). Hovering shows all K choices.
     """
@@ -288,10 +370,12 @@ def coloured_text(pieces: Sequence[str], expert_ids, gates=None, kept=None) -> s
         hover = ', '.join(f'expert {e}: {w:.2f}{"" if o else " (dropped)"}' for e, w, o in choices)
         colour = pale(expert_colour(ids[0]), weights[0] / largest)
         style = f'background:{colour};color:{ink(colour)}'
-        if not ok[0]: style += ';text-decoration:line-through'
+        if not ok[0]:
+            style += ';text-decoration:line-through'
         text = html.escape(harmless(piece, '\n\t'))
         spans.append(f'<span title="{hover}" style="{style}">{text}</span>')
     return f'<pre style="{paper};white-space:pre-wrap">' + ''.join(spans) + '</pre>'
+
 
 def legend(n_experts: int) -> str:
     "HTML line that names the colour of each expert."
@@ -301,7 +385,8 @@ def legend(n_experts: int) -> str:
 
 # %% ../nbs/05_viz.ipynb #decisions
 def decisions(routings: dict, title: str = '') -> Figure:
-    """How sure routers are of their tokens: entropy of the probabilities in nats, and margin, as outlined histograms.
+    """How sure routers are of their tokens: entropy of the probabilities in nats, and margin, as outlined
+    histograms.
 
     `routings`: a `Routing` by name, such as one per layer, all with the same number of experts.
     """
@@ -322,11 +407,12 @@ def decisions(routings: dict, title: str = '') -> Figure:
 def sureness(probs, expert_ids) -> tuple[np.ndarray, np.ndarray]:
     "Entropy of the probabilities (N, E), and the least chosen's lead on the best other, each (N,)."
     probs, ids = np.asarray(probs, float), np.asarray(expert_ids)
-    probs = probs / probs.sum(1, keepdims=True)                 # sigmoid scores do not add up to 1
+    probs = probs / probs.sum(1, keepdims=True)  # sigmoid scores do not add up to 1
     entropy = -(probs * np.log(np.maximum(probs, 1e-30))).sum(1)
     least = np.take_along_axis(probs, ids, 1).min(1)
     np.put_along_axis(probs, ids, 0, axis=1)
     return entropy, least - probs.max(1)
+
 
 def layer_colours(n_layers: int) -> np.ndarray:
     "A colour per layer, from dark at the bottom of the model to light at its top, RGBA (L, 4)."
@@ -334,18 +420,28 @@ def layer_colours(n_layers: int) -> np.ndarray:
 
 # %% ../nbs/05_viz.ipynb #explore
 def explore(draw: Callable[..., Figure | str], **controls):
-    """Sliders and other controls (ipywidgets) that redraw `draw(**values)`, a figure or HTML; returns the widget.
+    """Sliders and other controls (ipywidgets) that redraw `draw(**values)`, a figure or HTML; returns the
+    widget.
 
     What it displays is live in Jupyter, and a still picture wherever the page is read without a kernel.
     """
     import ipywidgets as W
     from IPython.display import display
+
     def drawn():
         made = draw(**{name: control.value for name, control in controls.items()})
         return made if isinstance(made, str) else png(made)
+
     words = isinstance(first := drawn(), str)
-    view = W.HTML(first) if words else W.Image(value=first, format='png', layout=W.Layout(width='640px', object_fit='contain'))
-    def redraw(_): view.value = drawn()
+    view = (
+        W.HTML(first)
+        if words
+        else W.Image(value=first, format='png', layout=W.Layout(width='640px', object_fit='contain'))
+    )
+
+    def redraw(_):
+        view.value = drawn()
+
     for name, control in controls.items():
         control.description = control.description or name.replace('_', ' ')
         control.style.description_width = 'initial'
@@ -365,15 +461,19 @@ def draw_model(cfg: ModelConfig) -> Figure:
     ax = fig.subplots()
     ax.set(xlim=(0, 100 if any(sparse) else 36), ylim=(0, 62))
     ax.axis('off')
+
     def box(x, y, w, h, text, colour, size=8):
         edge = 'none' if text == '…' else '#444444'
         look = dict(boxstyle='round,pad=0.4', facecolor=colour, edgecolor=edge, lw=0.8)
         ax.add_patch(matplotlib.patches.FancyBboxPatch((x, y), w, h, **look))
-        ax.text(x + w/2, y + h/2, text, ha='center', va='center', fontsize=size, color=ink(colour))
+        ax.text(x + w / 2, y + h / 2, text, ha='center', va='center', fontsize=size, color=ink(colour))
+
     def arrow(x0, y0, x1, y1, colour='#444444', lw=1.0):
         look = dict(arrowstyle='-|>', color=colour, lw=lw, shrinkA=0, shrinkB=0)
         ax.annotate('', (x1, y1), (x0, y0), arrowprops=look)
-    if any(sparse): draw_experts(cfg, box, arrow)
+
+    if any(sparse):
+        draw_experts(cfg, box, arrow)
     draw_stack(cfg, sparse, box, arrow)
     return fig
 
@@ -412,8 +512,10 @@ def draw_experts(cfg: ModelConfig, box, arrow):
         x, on = 40.8 + place * slot, place in chosen
         middle = x + slot / 2
         look = ('#444444', 1.4) if on else ('#bbbbbb', 0.6)
-        if e is not None: arrow(69, 20.4, middle, 30.6, *look)
-        if on: arrow(middle, 40.4, 69, 50.6, *look)
+        if e is not None:
+            arrow(69, 20.4, middle, 30.6, *look)
+        if on:
+            arrow(middle, 40.4, 69, 50.6, *look)
         colour = expert_colour(e) if on else '#f2f9fd' if e is None else '#ffffff'
         box(x + 0.9, 31, slot - 1.8, 9, '…' if e is None else f'expert\n{e}', colour, 7)
     box(57, 15, 24, 5, f'router scores {n} experts,\nkeeps the best {cfg.top_k}', '#fff3cd')
@@ -422,13 +524,18 @@ def draw_experts(cfg: ModelConfig, box, arrow):
 
 # %% ../nbs/05_viz.ipynb #saturation
 def settled(snapshots) -> np.ndarray:
-    "Share of the last snapshot's choices that each one made already, whatever their order: (S, …, N, K) -> (S, …)."
+    """Share of the last snapshot's choices that each one made already, whatever their order: (S, …, N, K) ->
+    (S, …).
+    """
     ids = np.asarray(snapshots)
     return (ids[-1][..., :, None] == ids[..., None, :]).any(-1).mean((-2, -1))
 
+
 def saturation(steps: Sequence[int], snapshots, n_experts: int, ax: Axes | None = None) -> Figure:
-    "How early routing settles: `settled` over steps, a line per layer, from the same tokens' choices (S, L, N, K)."
-    share = settled(snapshots)                                  # (S, L)
+    """How early routing settles: `settled` over steps, a line per layer, from the same tokens' choices (S, L,
+    N, K).
+    """
+    share = settled(snapshots)  # (S, L)
     ax = axes_in(ax, 5, 2.4)
     for layer, colour in enumerate(layer_colours(share.shape[1])):
         ax.plot(steps, share[:, layer], 'o-', ms=4, color=colour, label=f'layer {layer}')
@@ -439,47 +546,63 @@ def saturation(steps: Sequence[int], snapshots, n_experts: int, ax: Axes | None 
 
 # %% ../nbs/05_viz.ipynb #together
 def together(expert_ids, n_experts: int) -> np.ndarray:
-    """Of the tokens that chose expert e the share that chose f too, (E, E); NaN for e = f, and where nobody chose e.
+    """Of the tokens that chose expert e the share that chose f too, (E, E); NaN for e = f, and where nobody
+    chose e.
 
     `expert_ids`: (N, K). OLMoE (2409.02060) calls it co-activation.
     """
     ids = np.asarray(expert_ids)
     chosen = np.zeros((len(ids), n_experts))
-    np.put_along_axis(chosen, ids, 1, axis=1)                   # (N, E)
+    np.put_along_axis(chosen, ids, 1, axis=1)  # (N, E)
     pairs = chosen.T @ chosen
     tokens = pairs.diagonal().copy()[:, None]
     np.fill_diagonal(pairs, np.nan)
     return np.divide(pairs, tokens, out=np.full_like(pairs, np.nan), where=tokens > 0)
 
-def co_activation(expert_ids, n_experts: int, title: str = 'chosen together', ax: Axes | None = None) -> Figure:
+
+def co_activation(
+    expert_ids, n_experts: int, title: str = 'chosen together', ax: Axes | None = None
+) -> Figure:
     "Which experts are chosen together, as a multiple of blind choice: row e is of the tokens that chose e."
     chance = (np.asarray(expert_ids).shape[1] - 1) / (n_experts - 1)
-    if not chance: raise ValueError('top_k must be at least 2 for pairs of experts, got 1')
-    return ratio_map(together(expert_ids, n_experts) / chance, [f'expert {e}' for e in range(n_experts)], title, ax)
+    if not chance:
+        raise ValueError('top_k must be at least 2 for pairs of experts, got 1')
+    return ratio_map(
+        together(expert_ids, n_experts) / chance, [f'expert {e}' for e in range(n_experts)], title, ax
+    )
 
 # %% ../nbs/05_viz.ipynb #flow
 def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
-    "Ways of tokens through consecutive layers, from first choices (L, N); a band has the colour it comes from."
+    """Ways of tokens through consecutive layers, from first choices (L, N).
+
+    A band has the colour it comes from.
+    """
     ids = np.asarray(first_choices)
     ax = axes_in(ax, 2.2 * len(ids), 2.6)
     s = np.linspace(0, 1, 24)
     ease, gap = s * s * (3 - 2 * s), 0.012
     for layer, here in enumerate(ids):
-        size = np.bincount(here, minlength=n_experts) / len(here)           # (E,)
+        size = np.bincount(here, minlength=n_experts) / len(here)  # (E,)
         below = np.cumsum(size + gap) - size
         colours = [expert_colour(e) for e in range(n_experts)]
         ax.bar([layer] * n_experts, size, 0.12, below, color=colours)
         for e in np.flatnonzero(size > 0.03):
-            ax.text(layer, below[e] + size[e] / 2, e, ha='center', va='center', fontsize=7, color=ink(colours[e]))
-        if layer + 1 == len(ids): break
+            ax.text(
+                layer, below[e] + size[e] / 2, e, ha='center', va='center', fontsize=7, color=ink(colours[e])
+            )
+        if layer + 1 == len(ids):
+            break
         ways = np.zeros((n_experts, n_experts))
-        np.add.at(ways, (here, ids[layer + 1]), 1 / len(here))              # (E, E)
+        np.add.at(ways, (here, ids[layer + 1]), 1 / len(here))  # (E, E)
         leave = below[:, None] + ways.cumsum(1) - ways
         arrive = np.cumsum(ways.sum(0) + gap) - ways.sum(0) + ways.cumsum(0) - ways
         for (e, f), width in np.ndenumerate(ways):
             low = leave[e, f] + (arrive[e, f] - leave[e, f]) * ease
-            if not width: continue
-            ax.fill_between(layer + 0.06 + 0.88 * s, low, low + width, color=expert_colour(e), alpha=0.5, lw=0)
+            if not width:
+                continue
+            ax.fill_between(
+                layer + 0.06 + 0.88 * s, low, low + width, color=expert_colour(e), alpha=0.5, lw=0
+            )
     frame(ax, 'from expert to expert', xticks=range(len(ids)), xlabel='MoE layer', yticks=[])
     ax.spines[:].set_visible(False)
     return ax.figure
@@ -487,4 +610,5 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
 # %% ../nbs/05_viz.ipynb #door
 if __name__ == '__main__' and '__file__' in globals():
     from nanomoe.report import main
+
     main()

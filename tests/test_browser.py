@@ -1,7 +1,9 @@
-"""JupyterLab in a real browser: notebooks run from top to bottom, explorers answer to keyboard and mouse, exercises check.
+"""JupyterLab in a real browser: notebooks run from top to bottom, explorers answer to keyboard and mouse,
+exercises check.
 
 Screenshots stay in out/screenshots. `--every-notebook` takes all notebooks in place of a chosen half.
 """
+
 import os
 import re
 import secrets
@@ -19,43 +21,67 @@ import pytest
 from exercises import exercises
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOTS = ROOT/'out'/'screenshots'
-NOTEBOOKS = sorted(path.stem for path in (ROOT/'nbs').glob('*.ipynb'))
+SHOTS = ROOT / 'out' / 'screenshots'
+NOTEBOOKS = sorted(path.stem for path in (ROOT / 'nbs').glob('*.ipynb'))
 CHOSEN = {'01_router', '02_capacity', '03_experts', '04_losses', '45_report'}
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 
 NOTEBOOK = 'window.jupyterapp?.shell.currentWidget'
 KERNEL = f'{NOTEBOOK}?.sessionContext?.session?.kernel'
-CELLS = f'({NOTEBOOK}?.content?.model?.sharedModel?.cells ?? []).filter(c => c.cell_type === "code" && c.source.trim())'
-IDLE_AFTER = f'''() => {{ if ({KERNEL}?.connectionStatus !== 'connected' || {KERNEL}?.status !== 'idle') return null
+CELLS = (
+    f'({NOTEBOOK}?.content?.model?.sharedModel?.cells ?? []).filter(c => c.cell_type === "code" && '
+    'c.source.trim())'
+)
+IDLE_AFTER = f'''() => {{ if ({KERNEL}?.connectionStatus !== 'connected') return null
+                          if ({KERNEL}?.status !== 'idle') return null
                           const cells = {CELLS}, ran = cells.filter(c => c.execution_count).length
                           return cells.length && ran === cells.length ? 'all' : ran }}'''
 EXECUTE = f'async code => (await {KERNEL}.requestExecute({{code, store_history: false}}).done).content.status'
-ERRORS = f'() => {CELLS}.flatMap(c => c.outputs.filter(o => o.output_type === "error").map(o => `${{c.id}}: ${{o.evalue}}`))'
+ERRORS = (
+    f'() => {CELLS}.flatMap(c => c.outputs.filter(o => o.output_type === "error").map(o => '
+    f'`${{c.id}}: ${{o.evalue}}`))'
+)
 
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     "Address of a JupyterLab that serves a copy of the project, with a place for the notebook's name."
     folder = tmp_path_factory.mktemp('lab')
-    shutil.copytree(ROOT/'nbs', folder/'nbs')
-    for name in ('settings.ini', 'nanomoe', 'tests', 'assets'): os.symlink(ROOT/name, folder/name)
-    os.symlink(ROOT/'data', folder/'data')
-    quiet = folder/'settings'/'@jupyterlab'/'apputils-extension'
+    shutil.copytree(ROOT / 'nbs', folder / 'nbs')
+    for name in ('settings.ini', 'nanomoe', 'tests', 'assets'):
+        os.symlink(ROOT / name, folder / name)
+    os.symlink(ROOT / 'data', folder / 'data')
+    quiet = folder / 'settings' / '@jupyterlab' / 'apputils-extension'
     quiet.mkdir(parents=True)
-    (quiet/'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    (quiet / 'notification.jupyterlab-settings').write_text(
+        '{"fetchNews": "false", "checkForUpdates": false}'
+    )
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     token = secrets.token_hex(16)
-    places = {f'JUPYTER_{name}_DIR': str(folder/name.lower()) for name in ('CONFIG', 'RUNTIME')}
-    places |= {'JUPYTERLAB_SETTINGS_DIR': str(folder/'settings'),
-               'JUPYTERLAB_WORKSPACES_DIR': str(folder/'workspaces'), 'OMP_NUM_THREADS': '1'}
-    command = [sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1',
-               f'--port={port}', f'--IdentityProvider.token={token}', '--ServerApp.port_retries=0',
-               '--LabApp.expose_app_in_browser=True', f'--ServerApp.root_dir={folder}']
-    with open(folder/'lab.log', 'w') as log:
+    places = {f'JUPYTER_{name}_DIR': str(folder / name.lower()) for name in ('CONFIG', 'RUNTIME')}
+    places |= {
+        'JUPYTERLAB_SETTINGS_DIR': str(folder / 'settings'),
+        'JUPYTERLAB_WORKSPACES_DIR': str(folder / 'workspaces'),
+        'OMP_NUM_THREADS': '1',
+    }
+    command = [
+        sys.executable,
+        '-m',
+        'jupyter',
+        'lab',
+        '--no-browser',
+        '--allow-root',
+        '--ip=127.0.0.1',
+        f'--port={port}',
+        f'--IdentityProvider.token={token}',
+        '--ServerApp.port_retries=0',
+        '--LabApp.expose_app_in_browser=True',
+        f'--ServerApp.root_dir={folder}',
+    ]
+    with open(folder / 'lab.log', 'w') as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **places})
     try:
         wait_until_up(f'http://127.0.0.1:{port}/api/status?token={token}')
@@ -67,8 +93,10 @@ def lab(tmp_path_factory):
 
 def wait_until_up(url: str):
     for _ in range(240):
-        try: return urllib.request.urlopen(url, timeout=1)
-        except OSError: time.sleep(0.25)
+        try:
+            return urllib.request.urlopen(url, timeout=1)
+        except OSError:
+            time.sleep(0.25)
     raise TimeoutError('JupyterLab did not start')
 
 
@@ -76,9 +104,11 @@ def wait_until_up(url: str):
 def browser():
     SHOTS.mkdir(parents=True, exist_ok=True)
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM,
-                                     args=['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu'])
+        chromium = p.chromium.launch(
+            executable_path=CHROMIUM, args=['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu']
+        )
         yield chromium
         chromium.close()
 
@@ -86,8 +116,8 @@ def browser():
 def run_all(page, url: str):
     """Open a notebook and run all of its cells, in order, as the menu's Run All Cells does.
 
-    On a busy machine JupyterLab may lose a new kernel from sight: it then asks which one to start, or drops what
-    was to run. So the question is answered, and where nothing goes on, Run All is asked for again.
+    On a busy machine JupyterLab may lose a new kernel from sight: it then asks which one to start, or drops
+    what was to run. So the question is answered, and where nothing goes on, Run All is asked for again.
     """
     page.goto(url)
     page.wait_for_selector('.jp-NotebookPanel .jp-Cell', timeout=60_000)
@@ -97,9 +127,11 @@ def run_all(page, url: str):
             page.locator('.jp-Dialog select').select_option(label='Python 3 (ipykernel)')
             page.locator('.jp-Dialog .jp-mod-accept').click()
         now = page.evaluate(IDLE_AFTER)
-        if now == 'all': return
-        if now is None or now != before: before, since = now, time.monotonic()
-        elif time.monotonic() - since > 2:                              # idle, and no cell more than a while ago
+        if now == 'all':
+            return
+        if now is None or now != before:
+            before, since = now, time.monotonic()
+        elif time.monotonic() - since > 2:  # idle, and no cell more than a while ago
             page.evaluate('() => { window.jupyterapp.commands.execute("notebook:run-all-cells") }')
             since = time.monotonic()
         time.sleep(0.25)
@@ -108,40 +140,55 @@ def run_all(page, url: str):
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
 def test_run_all_and_touch_every_explorer(lab, browser, notebook, request):
-    if notebook not in CHOSEN and not request.config.getoption('--every-notebook'): pytest.skip('not in the chosen half')
+    if notebook not in CHOSEN and not request.config.getoption('--every-notebook'):
+        pytest.skip('not in the chosen half')
     page = browser.new_page(viewport={'width': 1280, 'height': 1000})
     run_all(page, lab.format(notebook))
     assert page.evaluate(ERRORS) == []
-    for exercise in exercises(ROOT/'nbs'/f'{notebook}.ipynb') if notebook != 'index' else []:
+    for exercise in exercises(ROOT / 'nbs' / f'{notebook}.ipynb') if notebook != 'index' else []:
         assert page.evaluate(EXECUTE, exercise.stub) != 'ok', f'{exercise.cell} passes with an empty function'
         assert page.evaluate(EXECUTE, exercise.answer) == 'ok', f'{exercise.cell} fails with the answer'
     explorers = page.evaluate(EXPLORERS)
     assert explorers or not '00' <= notebook[:2] < '30'
     for i, index in enumerate(explorers):
         cell = scroll_to(page, index)
-        shot = lambda what: page.screenshot(path=SHOTS/f'{notebook}-{i}-{what}.png')
+        shot = lambda what: page.screenshot(path=SHOTS / f'{notebook}-{i}-{what}.png')
         shot('before')
         for way in (by_keyboard, by_mouse):
             before = seen(cell)
             way(page, cell)
-            wait_for(lambda: seen(cell) != before, f'{notebook}, explorer {i}: {way.__name__} changed nothing')
-            wait_for(lambda: page.evaluate(f'() => {KERNEL}.status') == 'idle', f'{notebook}: the kernel never rests')
+            wait_for(
+                lambda: seen(cell) != before, f'{notebook}, explorer {i}: {way.__name__} changed nothing'
+            )
+            wait_for(
+                lambda: page.evaluate(f'() => {KERNEL}.status') == 'idle',
+                f'{notebook}: the kernel never rests',
+            )
         shot('after')
-    page.evaluate('() => window.jupyterapp.commands.execute("apputils:change-theme", {theme: "JupyterLab Dark"})')
+    page.evaluate(
+        '() => window.jupyterapp.commands.execute("apputils:change-theme", {theme: "JupyterLab Dark"})'
+    )
     page.wait_for_selector('body[data-jp-theme-light="false"]', state='attached')
-    for index in explorers[:1]: scroll_to(page, index)
-    page.screenshot(path=SHOTS/f'{notebook}-dark.png')
-    page.evaluate('() => window.jupyterapp.commands.execute("apputils:change-theme", {theme: "JupyterLab Light"})')
+    for index in explorers[:1]:
+        scroll_to(page, index)
+    page.screenshot(path=SHOTS / f'{notebook}-dark.png')
+    page.evaluate(
+        '() => window.jupyterapp.commands.execute("apputils:change-theme", {theme: "JupyterLab Light"})'
+    )
     page.evaluate(f'() => {NOTEBOOK}.sessionContext.shutdown()')
     page.close()
 
 
 EXPLORERS = f'''() => {NOTEBOOK}.content.widgets.map((w, i) => [w.model.sharedModel, i])
-                  .filter(([m, i]) => m.cell_type === 'code' && /^(box = |.* = )?explore\\(/m.test(m.source)).map(([m, i]) => i)'''
+                  .filter(([m, i]) => m.cell_type === 'code' && /^(box = |.* = )?explore\\(/m.test(m.source))
+                  .map(([m, i]) => i)'''
 
 
 def scroll_to(page, index: int):
-    "The cell at a place in the notebook, brought into view; JupyterLab draws a cell only when it is near the screen."
+    """The cell at a place in the notebook, brought into view.
+
+    JupyterLab draws a cell only when it is near the screen.
+    """
     page.evaluate(f'''async () => {{ const notebook = {NOTEBOOK}.content
                                      notebook.activeCellIndex = {index}
                                      await notebook.scrollToItem({index}, 'center') }}''')
@@ -162,7 +209,8 @@ def by_keyboard(page, cell):
     handle = cell.locator('.noUi-handle').first
     handle.focus()
     at_end = handle.get_attribute('aria-valuenow') == handle.get_attribute('aria-valuemax')
-    for _ in range(3): page.keyboard.press('ArrowLeft' if at_end else 'ArrowRight')
+    for _ in range(3):
+        page.keyboard.press('ArrowLeft' if at_end else 'ArrowRight')
 
 
 def by_mouse(page, cell):
@@ -171,7 +219,9 @@ def by_mouse(page, cell):
     x, y = knob['x'] + knob['width'] / 2, knob['y'] + knob['height'] / 2
     page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(track['x'] + track['width'] * (0.05 if x > track['x'] + track['width'] / 2 else 0.95), y, steps=8)
+    page.mouse.move(
+        track['x'] + track['width'] * (0.05 if x > track['x'] + track['width'] / 2 else 0.95), y, steps=8
+    )
     page.mouse.up()
 
 
@@ -182,60 +232,113 @@ def wait_for(fact, otherwise: str, seconds: float = 30):
         time.sleep(0.1)
 
 
-OVERHANGING = "() => [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + .5).map(e => e.tagName)"
+OVERHANGING = (
+    "() => [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right "
+    "> innerWidth + .5).map(e => e.tagName)"
+)
 
 
 def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
-    "A run of two processes is watched while it goes on; the page keeps its last picture when the watcher ends."
-    run, quiet = tmp_path/'run', dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    train = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m',
-                              'nanomoe.train', 'tiny', f'--out_dir={run}', '--max_iters=400', '--eval_interval=50',
-                              '--n_experts=8', '--block_size=96', '--device=cpu'], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **quiet)
+    """A run of two processes is watched while it goes on.
+
+    The page keeps its last picture when the watcher ends.
+    """
+    run, quiet = tmp_path / 'run', dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    train = subprocess.Popen(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            '-m',
+            'nanomoe.train',
+            'tiny',
+            f'--out_dir={run}',
+            '--max_iters=400',
+            '--eval_interval=50',
+            '--n_experts=8',
+            '--block_size=96',
+            '--device=cpu',
+        ],
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        **quiet,
+    )
     run.mkdir(exist_ok=True)
-    watch = subprocess.Popen([sys.executable, '-m', 'nanomoe.viz', 'watch', run, '--port=0', '--open=False'],
-                             cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                             preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler))   # also below `make test &`
-    (SHOTS/'watch.png').unlink(missing_ok=True)
+    # also below `make test &`
+    watch = subprocess.Popen(
+        [sys.executable, '-m', 'nanomoe.viz', 'watch', run, '--port=0', '--open=False'],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
+    (SHOTS / 'watch.png').unlink(missing_ok=True)
     page, errors, asked = browser.new_page(viewport={'width': 960, 'height': 700}), [], []
     page.on('pageerror', lambda e: errors.append(str(e)))
     page.on('request', lambda r: asked.append((time.monotonic(), r.url)))
     try:
         page.goto(re.search(r'http://\S+', watch.stdout.readline())[0])
         steps = set()
-        def step(): return page.locator('#facts td').first.inner_text(timeout=60_000)
+
+        def step():
+            return page.locator('#facts td').first.inner_text(timeout=60_000)
+
         while train.poll() is None:
             steps.add(step())
-            if int(step().split()[0]) >= 250 and not (SHOTS/'watch.png').exists(): page.screenshot(path=SHOTS/'watch.png')
+            if int(step().split()[0]) >= 250 and not (SHOTS / 'watch.png').exists():
+                page.screenshot(path=SHOTS / 'watch.png')
             time.sleep(0.2)
         wait_for(lambda: step() == '400 of 400', 'the last step never came')
         wait_for(lambda: page.locator('#text pre').count() > 0, 'no text by expert')
-        assert len(steps) >= 3, steps                                   # it moved while the run did
+        assert len(steps) >= 3, steps  # it moved while the run did
         page.locator('#layer').select_option('1')
         wait_for(lambda: 'MoE layer 1' in page.locator('#board').inner_text(), 'the other layer never came')
         page.set_viewport_size({'width': 360, 'height': 700})
         assert page.evaluate(OVERHANGING) == []
         watch.send_signal(signal.SIGINT)
         assert watch.wait(20) == 0
-        wait_for(lambda: 'the watcher has ended' in page.locator('#state').inner_text(), 'silent about its end')
+        wait_for(
+            lambda: 'the watcher has ended' in page.locator('#state').inner_text(), 'silent about its end'
+        )
         assert page.locator('#board svg').count() == 3 and errors == []
         boards = [at for at, url in asked if '/board' in url]
-        assert len(boards) / (boards[-1] - boards[0]) < 4               # questions a second
+        assert len(boards) / (boards[-1] - boards[0]) < 4  # questions a second
     finally:
-        for process in (train, watch): process.kill()
+        for process in (train, watch):
+            process.kill()
         page.close()
 
 
 def test_a_report_opens_from_disk(browser, tmp_path):
     "One page, no network: every picture is there, tabs change the text."
-    run = tmp_path/'run'
-    subprocess.run([sys.executable, '-m', 'nanomoe.train', 'tiny', f'--out_dir={run}', '--max_iters=200', '--n_experts=8',
-                    '--block_size=96', '--eval_interval=40', '--device=cpu'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([sys.executable, '-m', 'nanomoe.viz', 'report', run], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    shutil.move(run/'report.html', tmp_path/'elsewhere.html')
+    run = tmp_path / 'run'
+    subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'nanomoe.train',
+            'tiny',
+            f'--out_dir={run}',
+            '--max_iters=200',
+            '--n_experts=8',
+            '--block_size=96',
+            '--eval_interval=40',
+            '--device=cpu',
+        ],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    subprocess.run(
+        [sys.executable, '-m', 'nanomoe.viz', 'report', run], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
+    shutil.move(run / 'report.html', tmp_path / 'elsewhere.html')
     shutil.rmtree(run)
     page, asked = browser.new_page(viewport={'width': 960, 'height': 1000}, color_scheme='dark'), []
     page.on('request', lambda r: asked.append(r.url))
-    page.goto((tmp_path/'elsewhere.html').as_uri())
+    page.goto((tmp_path / 'elsewhere.html').as_uri())
     assert page.evaluate('() => [...document.images].every(image => image.naturalWidth > 0)')
     assert page.locator('img').count() >= 7
     first, second = page.locator('#text-pane-0'), page.locator('#text-pane-1')
@@ -243,11 +346,18 @@ def test_a_report_opens_from_disk(browser, tmp_path):
     page.get_by_text('layer 1', exact=True).first.click()
     assert second.is_visible() and not first.is_visible()
     assert [url for url in asked if not url.startswith(('file:', 'data:'))] == []
-    page.screenshot(path=SHOTS/'report.png', full_page=True)
+    page.screenshot(path=SHOTS / 'report.png', full_page=True)
     page.set_viewport_size({'width': 360, 'height': 1000})
     assert page.evaluate(OVERHANGING) == []
     page.set_viewport_size({'width': 960, 'height': 1000})
     page.evaluate('() => scrollTo(0, 0)')
-    top, end = (page.get_by_role('heading', name=name).bounding_box()['y'] for name in ('Text by expert', 'Chosen together'))
-    page.screenshot(path=SHOTS/'report-text.png', full_page=True, clip=dict(x=0, y=top - 10, width=960, height=end - top))
+    top, end = (
+        page.get_by_role('heading', name=name).bounding_box()['y']
+        for name in ('Text by expert', 'Chosen together')
+    )
+    page.screenshot(
+        path=SHOTS / 'report-text.png',
+        full_page=True,
+        clip=dict(x=0, y=top - 10, width=960, height=end - top),
+    )
     page.close()

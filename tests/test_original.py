@@ -1,4 +1,5 @@
 """The preset `nano_moe`'s code path against numbers the original made (tests/fixtures; random weights)."""
+
 import json
 from pathlib import Path
 
@@ -13,31 +14,35 @@ from nanomoe.pretrained import from_nanomoe, nanomoe_config
 from nanomoe.router import expert_counts
 from nanomoe.optim import make_optimizer
 
-FIXTURES = sorted((Path(__file__).parent/'fixtures').glob('*.npz'))
+FIXTURES = sorted((Path(__file__).parent / 'fixtures').glob('*.npz'))
 TOLERANCE = 1e-5
 
 
 class Original:
     "One fixture: the original's weights, batch and numbers, and the model we make of them."
+
     def __init__(self, path: Path):
         self.numbers = {name: value for name, value in np.load(path, allow_pickle=False).items()}
         self.config = json.loads(str(self.numbers['config']))
         self.x, self.y = self['idx'], self['targets']
 
-    def __getitem__(self, name): return torch.from_numpy(np.asarray(self.numbers[name]))
+    def __getitem__(self, name):
+        return torch.from_numpy(np.asarray(self.numbers[name]))
 
     def model(self) -> GPT:
         weights = {name[2:]: self[name] for name in self.numbers if name.startswith('w/')}
         return from_nanomoe(weights, self.config)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        ours = lambda name: (name.removeprefix('g/transformer.').removeprefix('g/')
-                             .replace('router.w_g', 'router.score'))
+        ours = lambda name: (
+            name.removeprefix('g/transformer.').removeprefix('g/').replace('router.w_g', 'router.score')
+        )
         return {ours(name): self[name] for name in self.numbers if name.startswith('g/')}
 
 
 @pytest.fixture(params=FIXTURES, ids=lambda p: p.stem)
-def original(request): return Original(request.param)
+def original(request):
+    return Original(request.param)
 
 
 def worst(a, b) -> float:
@@ -55,8 +60,10 @@ def test_training_forward_and_every_gradient(original, keep_logits):
         'ce': worst(out.losses.ce, original['train/ce']),
         'balance': worst(out.losses.balance, original['train/aux'].mean()),
         'z': worst(out.losses.z, original['train/z'].mean()),
-        'gradients': max(worst(found[name].grad, grad) for name, grad in original.gradients().items())}
-    if keep_logits: differences['logits'] = worst(out.logits, original['train/logits'])
+        'gradients': max(worst(found[name].grad, grad) for name, grad in original.gradients().items()),
+    }
+    if keep_logits:
+        differences['logits'] = worst(out.logits, original['train/logits'])
     print({name: f'{d:.1e}' for name, d in differences.items()})
     assert original.gradients().keys() == found.keys()
     assert max(differences.values()) < TOLERANCE
@@ -93,11 +100,29 @@ def test_ten_optimiser_steps(original):
 
 def test_preset_is_the_published_run():
     cfg, _ = PRESETS['nano_moe']
-    published = dict(block_size=1024, vocab_size=50304, n_layer=6, n_head=6, n_embd=384, dropout=0.0,
-                     bias=False, n_exp=8, top_k=2, use_aux_loss=True, aux_loss_weight=0.01,
-                     use_router_z_loss=True, router_z_loss_weight=0.001, use_noisy_top_k=False,
-                     train_capacity=1.25, eval_capacity=2.0, min_capacity=4, stride=2,
-                     use_switch_tfm_init=True, switch_tfm_init_scale=1.0, router_use_full_prec=True)
+    published = dict(
+        block_size=1024,
+        vocab_size=50304,
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        dropout=0.0,
+        bias=False,
+        n_exp=8,
+        top_k=2,
+        use_aux_loss=True,
+        aux_loss_weight=0.01,
+        use_router_z_loss=True,
+        router_z_loss_weight=0.001,
+        use_noisy_top_k=False,
+        train_capacity=1.25,
+        eval_capacity=2.0,
+        min_capacity=4,
+        stride=2,
+        use_switch_tfm_init=True,
+        switch_tfm_init_scale=1.0,
+        router_use_full_prec=True,
+    )
     assert cfg == nanomoe_config(published)
     with torch.device('meta'):
         assert n_params(GPT(cfg)) == (55_113_600, 33_879_936)
@@ -107,13 +132,24 @@ def test_preset_is_the_published_run():
 def test_a_model_without_its_weights_differs(original):
     "The comparison can fail: one row of one expert nudged by a thousandth shows."
     model = original.model().train()
-    with torch.no_grad(): model.h[0].mlp.experts.c_fc[0, 0] += 1e-3
+    with torch.no_grad():
+        model.h[0].mlp.experts.c_fc[0, 0] += 1e-3
     assert worst(model(original.x, original.y).logits, original['train/logits']) > TOLERANCE
 
 
 def test_renormalised_single_choice_builds_but_has_no_gradient():
-    cfg = ModelConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8, n_experts=4, top_k=1,
-                      gates='chosen', z_weight=0.0, balance='nano_moe')
+    cfg = ModelConfig(
+        block_size=8,
+        vocab_size=16,
+        n_layer=1,
+        n_head=1,
+        n_embd=8,
+        n_experts=4,
+        top_k=1,
+        gates='chosen',
+        z_weight=0.0,
+        balance='nano_moe',
+    )
     model = GPT(cfg)
     model(torch.arange(8)[None], torch.arange(8)[None]).losses.total.backward()
     assert model.h[0].mlp.router.score.weight.grad.abs().max() == 0

@@ -1,4 +1,5 @@
-"""Pictures of runs that are not as they should be: dense, diverged, damaged, written by two, with odd names."""
+"""Pictures of runs that are not as they should be: dense, diverged, damaged, by two writers, oddly named."""
+
 import http.client
 import io
 import json
@@ -29,60 +30,93 @@ def row(step: int, **other) -> dict:
     "A log line of two layers of four experts."
     rng = np.random.default_rng(step)
     health = dict(busiest=[1.5, 1.2], entropy=[1.3, 1.2], margin=[0.1, 0.2])
-    return dict(step=step, tokens=64 * step, ce=5 / step, load=rng.integers(1, 40, (2, 4)).tolist(), drop_rate=0.0, health=health,
-                grad_norm=1.0, lr=0.1, tok_per_s=100.0, val_ce=5 / step, val_bpb=8 / step, val_load_a=[[1, 2, 3, 4]] * 2) | other
+    return (
+        dict(
+            step=step,
+            tokens=64 * step,
+            ce=5 / step,
+            load=rng.integers(1, 40, (2, 4)).tolist(),
+            drop_rate=0.0,
+            health=health,
+            grad_norm=1.0,
+            lr=0.1,
+            tok_per_s=100.0,
+            val_ce=5 / step,
+            val_bpb=8 / step,
+            val_load_a=[[1, 2, 3, 4]] * 2,
+        )
+        | other
+    )
 
 
 def text(step: int, domain: str = 'a', pieces: list[str] = list('abcdef'), K: int = 2, **other) -> dict:
     "A line of samples.jsonl for two layers."
     rng = np.random.default_rng(step)
     ids = np.stack([[rng.permutation(4)[:K] for _ in pieces] for _ in range(2)])
-    return dict(step=step, domain=domain, text=''.join(pieces), pieces=pieces, expert_ids=ids.tolist(),
-                gates=np.full(ids.shape, 0.5).tolist(), kept=[None, None]) | other
+    return (
+        dict(
+            step=step,
+            domain=domain,
+            text=''.join(pieces),
+            pieces=pieces,
+            expert_ids=ids.tolist(),
+            gates=np.full(ids.shape, 0.5).tolist(),
+            kept=[None, None],
+        )
+        | other
+    )
 
 
 def run_of(folder: Path, rows, texts=(), settings=dict(max_iters=9, dataset='gone', n_experts=4)) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in (('log', rows), ('samples', texts)):
-        (folder/f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    if settings is not None: (folder/'config.json').write_text(json.dumps(settings))
+        (folder / f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    if settings is not None:
+        (folder / 'config.json').write_text(json.dumps(settings))
     return folder
 
 
 WHOLE = [row(s) for s in range(1, 6)]
-ILL = {'one line': [row(1)], 'dense': [row(s, load=[], health={k: [] for k in row(1)['health']}) for s in (1, 2, 3)],
-       'never evaluated': [{k: v for k, v in row(s).items() if not k.startswith('val')} for s in (1, 2, 3)],
-       'a loss that is not finite': WHOLE + [row(6, ce=float('nan'), val_ce=float('nan'), val_bpb=float('nan'))],
-       'a gradient that overflowed': [row(1, grad_norm=float('inf'))] + WHOLE[1:],
-       'never finite': [row(s, ce=float('nan'), val_ce=float('inf'), val_bpb=float('inf')) for s in (1, 2)]}
+ILL = {
+    'one line': [row(1)],
+    'dense': [row(s, load=[], health={k: [] for k in row(1)['health']}) for s in (1, 2, 3)],
+    'never evaluated': [{k: v for k, v in row(s).items() if not k.startswith('val')} for s in (1, 2, 3)],
+    'a loss that is not finite': WHOLE + [row(6, ce=float('nan'), val_ce=float('nan'), val_bpb=float('nan'))],
+    'a gradient that overflowed': [row(1, grad_norm=float('inf'))] + WHOLE[1:],
+    'never finite': [row(s, ce=float('nan'), val_ce=float('inf'), val_bpb=float('inf')) for s in (1, 2)],
+}
 
 
 @pytest.mark.parametrize('name', ILL)
 def test_an_ill_run_has_a_report_and_a_board(name, tmp_path):
     rows = ILL[name]
-    page = report(run_of(tmp_path/'run', rows, [text(rows[-1]['step'])] if rows[-1].get('load') else []))
+    page = report(run_of(tmp_path / 'run', rows, [text(rows[-1]['step'])] if rows[-1].get('load') else []))
     assert 'nan' not in page.split('<h2>Loss')[0] and page.count('<h2>') >= 4
     svg = board_svg(rows)
     assert 'nan' not in svg and 'inf' not in svg
     if name == 'a loss that is not finite':
-        assert svg.count('<circle') == 5 and 'polyline' in svg                     # what was finite is drawn
-        assert '1.600 bits per byte' in page                                       # the last finite evaluation, 8 / 5
-    if name == 'dense': assert len(health_figure(rows).axes) == 3
+        assert svg.count('<circle') == 5 and 'polyline' in svg  # what was finite is drawn
+        assert '1.600 bits per byte' in page  # the last finite evaluation, 8 / 5
+    if name == 'dense':
+        assert len(health_figure(rows).axes) == 3
 
 
 def test_a_page_of_a_run_without_settings_does_not_make_them_up(tmp_path):
-    assert '<td>5</td>' in report(run_of(tmp_path/'run', WHOLE, settings=None))
-    assert '<td>5 of 9</td>' in report(run_of(tmp_path/'other', WHOLE))
+    assert '<td>5</td>' in report(run_of(tmp_path / 'run', WHOLE, settings=None))
+    assert '<td>5 of 9</td>' in report(run_of(tmp_path / 'other', WHOLE))
 
 
 def test_names_and_texts_are_shown_as_they_are(tmp_path):
     "Markup in a piece or a domain is text; dollar signs are no formula; a point is a name too."
     evil = '<script>alert(1)</script>'
-    run = run_of(tmp_path/'cost$\\foo$ & <b>', [row(s, **{'val_load_x$\\y$': [[1, 2, 3, 4]] * 2}) for s in (1, 2)],
-                 [text(2, evil, [evil, '"', "'", '&', '\n', '日'])])
+    run = run_of(
+        tmp_path / 'cost$\\foo$ & <b>',
+        [row(s, **{'val_load_x$\\y$': [[1, 2, 3, 4]] * 2}) for s in (1, 2)],
+        [text(2, evil, [evil, '"', "'", '&', '\n', '日'])],
+    )
     page = report(run)
     assert '<script' not in page and '&lt;script&gt;' in page and 'cost$\\foo$ &amp; &lt;b&gt;</h1>' in page
-    assert png(experts_figure(read_rows(run/'log.jsonl'), run.name))[:4] == b'\x89PNG'
+    assert png(experts_figure(read_rows(run / 'log.jsonl'), run.name))[:4] == b'\x89PNG'
 
 
 def test_samples_count_when_their_line_is_logged(tmp_path):
@@ -90,86 +124,146 @@ def test_samples_count_when_their_line_is_logged(tmp_path):
     texts = [text(2, 'a'), text(2, 'b'), text(4, 'a')]
     assert samples_of(texts, 3).steps == [2] and len(samples_of(texts, 3).pieces) == 12
     assert samples_of(texts + [text(4, 'b')], 4).steps == [2, 4] and samples_of(texts, 1) is None
-    assert samples_of(texts + texts, 3).expert_ids.shape == (1, 2, 12, 2)          # the same text twice is one
+    assert samples_of(texts + texts, 3).expert_ids.shape == (1, 2, 12, 2)  # the same text twice is one
     narrower = [text(4, 'a', K=1), text(4, 'b', K=1)]
-    assert samples_of(texts[:2] + narrower, 4).steps == [4]                        # top_k was changed on the way
-    assert samples_of([text(2, expert_ids=[])], 2) is None                         # a dense model
+    assert samples_of(texts[:2] + narrower, 4).steps == [4]  # top_k was changed on the way
+    assert samples_of([text(2, expert_ids=[])], 2) is None  # a dense model
 
 
 def test_where_experts_choose_only_the_text_is_shown(tmp_path):
     "Each token then names all experts, and counting choices would say nothing."
-    page = report(run_of(tmp_path/'run', WHOLE, [text(5, K=4, kept=[[[True, False, False, False]] * 6] * 2)],
-                         dict(max_iters=9, dataset='gone', n_experts=4, router='expert_choice')))
+    page = report(
+        run_of(
+            tmp_path / 'run',
+            WHOLE,
+            [text(5, K=4, kept=[[[True, False, False, False]] * 6] * 2)],
+            dict(max_iters=9, dataset='gone', n_experts=4, router='expert_choice'),
+        )
+    )
     assert 'Text by expert' in page and 'Favourite' not in page and 'settled' not in page
 
 
-DAMAGE = {'log.jsonl': ['xyz', '3', '[1]', '{"a": 1}', '{"step": "3"}', '{"step": true}', '{"step": 2, "ce": "low"}', '{"step": 2, "load": [[1, 2], [3]]}',
-                       '{"step": 2, "ce": [1]' , '{"step": 2, "health": "good"}', '[' * 5000, '\0\0\0', '{"step": 2, "ce": {"a": []}, "load": {"x": "y"}}'],
-          'samples.jsonl': ['xyz', '{"step": 5}', json.dumps(text(5) | {'pieces': 'abc'}), json.dumps(text(5) | {'expert_ids': [[1]]}),
-                            json.dumps(text(5) | {'gates': [['x']]}), json.dumps(text(5) | {'domain': 3}), json.dumps(text(5) | {'kept': [[1], [2]]})]}
+DAMAGE = {
+    'log.jsonl': [
+        'xyz',
+        '3',
+        '[1]',
+        '{"a": 1}',
+        '{"step": "3"}',
+        '{"step": true}',
+        '{"step": 2, "ce": "low"}',
+        '{"step": 2, "load": [[1, 2], [3]]}',
+        '{"step": 2, "ce": [1]',
+        '{"step": 2, "health": "good"}',
+        '[' * 5000,
+        '\0\0\0',
+        '{"step": 2, "ce": {"a": []}, "load": {"x": "y"}}',
+    ],
+    'samples.jsonl': [
+        'xyz',
+        '{"step": 5}',
+        json.dumps(text(5) | {'pieces': 'abc'}),
+        json.dumps(text(5) | {'expert_ids': [[1]]}),
+        json.dumps(text(5) | {'gates': [['x']]}),
+        json.dumps(text(5) | {'domain': 3}),
+        json.dumps(text(5) | {'kept': [[1], [2]]}),
+    ],
+}
 
 
 @pytest.mark.parametrize('file', DAMAGE)
 def test_a_damaged_line_costs_itself(file, tmp_path, capsys):
     "Report, pictures and watcher show what the other lines say, and one word for each that is left out."
-    run = run_of(tmp_path/'run', WHOLE, [text(4), text(5)])
-    whole = {kind: reports.drawn(kind, str(run), None).read_bytes() for kind in ('report', 'curve', 'experts')}
-    lines = (run/file).read_text().splitlines(True)
-    (run/file).write_text(lines[0] + ''.join(line + '\n' for line in DAMAGE[file]) + ''.join(lines[1:]))
+    run = run_of(tmp_path / 'run', WHOLE, [text(4), text(5)])
+    whole = {
+        kind: reports.drawn(kind, str(run), None).read_bytes() for kind in ('report', 'curve', 'experts')
+    }
+    lines = (run / file).read_text().splitlines(True)
+    (run / file).write_text(lines[0] + ''.join(line + '\n' for line in DAMAGE[file]) + ''.join(lines[1:]))
     capsys.readouterr()
     assert {kind: reports.drawn(kind, str(run), None).read_bytes() for kind in whole} == whole
     said = capsys.readouterr().err.count('cannot be read and is left out')
-    assert said == len(DAMAGE[file]) * (3 if file == 'log.jsonl' else 1)           # once for each picture that reads the file
+    # once for each picture that reads the file
+    assert said == len(DAMAGE[file]) * (3 if file == 'log.jsonl' else 1)
     live = reports.Live(run)
-    assert json.loads(live.answer('/board', 0, -1)[1])['step'] == 5 and json.loads(live.answer('/text', 0, -1)[1])['step'] == 5
+    assert (
+        json.loads(live.answer('/board', 0, -1)[1])['step'] == 5
+        and json.loads(live.answer('/text', 0, -1)[1])['step'] == 5
+    )
 
 
 def test_the_later_of_two_writers_is_shown(tmp_path):
-    "As after a kill of which something lived on: what a later line of the same step or an earlier one replaces is left out."
-    run = run_of(tmp_path/'run', [row(s) for s in (1, 3, 4, 2, 3)])
-    assert [r['step'] for r in read_rows(run/'log.jsonl')] == [1, 2, 3]
-    odd = run_of(tmp_path/'odd', [*WHOLE[:2], row(999_999), *WHOLE[2:]])
-    assert [r['step'] for r in read_rows(odd/'log.jsonl')] == [1, 2, 3, 4, 5] and '<h2>Experts' in report(odd)
+    """As after a kill of which something lived on: what a later line of the same step or an earlier one
+    replaces is left out.
+    """
+    run = run_of(tmp_path / 'run', [row(s) for s in (1, 3, 4, 2, 3)])
+    assert [r['step'] for r in read_rows(run / 'log.jsonl')] == [1, 2, 3]
+    odd = run_of(tmp_path / 'odd', [*WHOLE[:2], row(999_999), *WHOLE[2:]])
+    assert [r['step'] for r in read_rows(odd / 'log.jsonl')] == [1, 2, 3, 4, 5] and '<h2>Experts' in report(
+        odd
+    )
 
 
 def test_every_picture_shows_the_same_losses(tmp_path, monkeypatch):
-    "Report, curve, watcher and board: bits per byte by the log, or for a log of before by its last evaluation; without any, nats."
+    """Report, curve, watcher and board: bits per byte by the log, or for a log of before by its last
+    evaluation; without any, nats.
+    """
     drawn, real = [], viz.curve_points
-    for module in (viz, boards): monkeypatch.setattr(module, 'curve_points', lambda rows: drawn.append(real(rows)) or drawn[-1])
+    for module in (viz, boards):
+        monkeypatch.setattr(module, 'curve_points', lambda rows: drawn.append(real(rows)) or drawn[-1])
     bare = [{k: v for k, v in row(s).items() if not k.startswith('val')} for s in (1, 2)]
-    for rows, unit, wanted in (([row(s, bpb=7 / s) for s in (1, 2)], 'bits per byte', [7, 3.5]), (WHOLE[:2], 'bits per byte', [8, 4]),
-                               ([row(1, bpb=7), row(2), row(3, bpb=float('nan'))], 'bits per byte', [7]), (bare, 'nats per token', [5, 2.5])):
+    for rows, unit, wanted in (
+        ([row(s, bpb=7 / s) for s in (1, 2)], 'bits per byte', [7, 3.5]),
+        (WHOLE[:2], 'bits per byte', [8, 4]),
+        ([row(1, bpb=7), row(2), row(3, bpb=float('nan'))], 'bits per byte', [7]),
+        (bare, 'nats per token', [5, 2.5]),
+    ):
         drawn.clear()
-        run = run_of(tmp_path/f'run{wanted}', rows)
+        run = run_of(tmp_path / f'run{wanted}', rows)
         page = report(run)
         reports.curve_of(run)
         board = json.loads(reports.Live(run).answer('/board', 0, -1)[1])['svg']
-        assert f'{unit}: — batch' in board and f'{unit}: — batch' in board_svg(read_rows(run/'log.jsonl')) and '<h2>Loss' in page
+        assert (
+            f'{unit}: — batch' in board
+            and f'{unit}: — batch' in board_svg(read_rows(run / 'log.jsonl'))
+            and '<h2>Loss' in page
+        )
         assert len(drawn) == 4 and {u for u, *_ in drawn} == {unit}
-        for _, trained, held in drawn: assert trained[:, 1].tolist() == pytest.approx(wanted) and (held == drawn[0][2]).all()
+        for _, trained, held in drawn:
+            assert trained[:, 1].tolist() == pytest.approx(wanted) and (held == drawn[0][2]).all()
 
 
-BAD = {'no line': ('log.jsonl', 'xyz\n', 'holds no line of a run'), 'no loss': ('log.jsonl', '{"step": 3}\n', 'holds no loss'),
-       'settings of another': ('config.json', '{"a": 1}', 'is not the config.json of a run'),
-       'settings cut off': ('config.json', '{"max_iters": ', 'is not the config.json of a run')}
+BAD = {
+    'no line': ('log.jsonl', 'xyz\n', 'holds no line of a run'),
+    'no loss': ('log.jsonl', '{"step": 3}\n', 'holds no loss'),
+    'settings of another': ('config.json', '{"a": 1}', 'is not the config.json of a run'),
+    'settings cut off': ('config.json', '{"max_iters": ', 'is not the config.json of a run'),
+}
 
 
 @pytest.mark.parametrize('name', BAD)
 def test_a_damaged_file_gets_one_sentence(name, tmp_path, capsys):
     file, content, sentence = BAD[name]
-    run = run_of(tmp_path/'run', WHOLE, [text(5)])
-    (run/file).write_text(content)
-    with pytest.raises(SystemExit) as stop: reports.main(['report', str(run)])
+    run = run_of(tmp_path / 'run', WHOLE, [text(5)])
+    (run / file).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        reports.main(['report', str(run)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in said.splitlines()[-1]
-    assert not (run/'report.html').exists()
+    assert not (run / 'report.html').exists()
 
 
-@pytest.mark.parametrize('words, sentence', [('experts {run} --out {run}', 'cannot be written: Is a directory'),
-                                             ('watch {run} --port 70000 --open=False', 'port 70000 of 127.0.0.1 cannot be used')])
+@pytest.mark.parametrize(
+    'words, sentence',
+    [
+        ('experts {run} --out {run}', 'cannot be written: Is a directory'),
+        ('watch {run} --port 70000 --open=False', 'port 70000 of 127.0.0.1 cannot be used'),
+    ],
+)
 def test_what_cannot_be_done_gets_one_sentence(words, sentence, tmp_path, capsys):
-    run = run_of(tmp_path/'run', WHOLE)
-    with pytest.raises(SystemExit) as stop: reports.main(words.format(run=run).split())
+    run = run_of(tmp_path / 'run', WHOLE)
+    with pytest.raises(SystemExit) as stop:
+        reports.main(words.format(run=run).split())
     said = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in said and said.count('\n') == 1
 
@@ -184,26 +278,31 @@ def test_sureness_is_what_the_log_calls_entropy_and_margin():
 
 
 def test_help_of_the_watcher_names_its_port(capsys):
-    with pytest.raises(SystemExit) as stop: reports.main(['watch', '--help'])
+    with pytest.raises(SystemExit) as stop:
+        reports.main(['watch', '--help'])
     assert stop.value.code == 0 and '--port' in capsys.readouterr().out
 
 
 def test_the_watcher_says_what_is_wrong_and_goes_on(tmp_path):
-    run = run_of(tmp_path/'run', WHOLE, [text(5)])
+    run = run_of(tmp_path / 'run', WHOLE, [text(5)])
     http = server(run)
     threading.Thread(target=http.serve_forever, daemon=True).start()
+
     def ask(path):
-        try: answer = urllib.request.urlopen(f'http://127.0.0.1:{http.server_port}{path}')
-        except urllib.error.HTTPError as e: answer = e
+        try:
+            answer = urllib.request.urlopen(f'http://127.0.0.1:{http.server_port}{path}')
+        except urllib.error.HTTPError as e:
+            answer = e
         return answer.status, answer.read().decode()
+
     try:
         assert ask('/board?layer=-5')[0] == ask('/board?layer=99')[0] == ask('/board?step=%C2%B2')[0] == 200
         assert ask('/elsewhere')[0] == 404
-        (run/'config.json').write_text('{')
+        (run / 'config.json').write_text('{')
         status, said = ask('/board')
         assert status == 500 and 'is not the config.json of a run' in said
-        (run/'config.json').write_text(json.dumps(dict(max_iters=9, dataset='gone', n_experts=4)))
-        assert ask('/board')[0] == ask('/text')[0] == 200                          # mended, and so is the page
+        (run / 'config.json').write_text(json.dumps(dict(max_iters=9, dataset='gone', n_experts=4)))
+        assert ask('/board')[0] == ask('/text')[0] == 200  # mended, and so is the page
         shutil.rmtree(run)
         assert 'which is not there' in ask('/board')[1]
     finally:
@@ -212,17 +311,22 @@ def test_the_watcher_says_what_is_wrong_and_goes_on(tmp_path):
 
 
 def test_the_page_of_a_run_answers_this_machine_only(tmp_path):
-    "A page on the web whose name was made to lead here (DNS rebinding) gets nothing, and no address makes the server fall."
-    (tmp_path/'config.json').write_text(json.dumps(to_dict(ModelConfig(), TrainConfig())))
-    (tmp_path/'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0)) + '\n')
+    """A page on the web whose name was made to lead here (DNS rebinding) gets nothing, and no address makes
+    the server fall.
+    """
+    (tmp_path / 'config.json').write_text(json.dumps(to_dict(ModelConfig(), TrainConfig())))
+    (tmp_path / 'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0)) + '\n')
     with reports.server(tmp_path, 0) as watcher:
         threading.Thread(target=watcher.serve_forever, daemon=True).start()
+
         def status(host: str, path: str = '/board') -> int:
             line = http.client.HTTPConnection('127.0.0.1', watcher.server_port, timeout=10)
             line.putrequest('GET', path, skip_host=True)
-            if host: line.putheader('Host', host)
+            if host:
+                line.putheader('Host', host)
             line.endheaders()
             return line.getresponse().status
+
         port = watcher.server_port
         assert [status(f'{name}:{port}') for name in ('127.0.0.1', 'localhost', '[::1]')] == [200] * 3
         assert [status(host) for host in (f'evil.example:{port}', '127.0.0.1.evil.example', '')] == [403] * 3
@@ -230,18 +334,40 @@ def test_the_page_of_a_run_answers_this_machine_only(tmp_path):
         watcher.shutdown()
 
 
-@pytest.mark.parametrize('change', [lambda line: line['expert_ids'][0][0].__setitem__(1, {'"><img src=x onerror=alert(1)>': 0}),
-                                    lambda line: line.pop('gates'), lambda line: line.pop('domain')])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda line: line['expert_ids'][0][0].__setitem__(1, {'"><img src=x onerror=alert(1)>': 0}),
+        lambda line: line.pop('gates'),
+        lambda line: line.pop('domain'),
+    ],
+)
 def test_samples_that_are_none_are_left_out(change, tmp_path, capsys):
     "Above all no tags: what stands where an expert's number should never reaches a page."
-    (tmp_path/'config.json').write_text(json.dumps(to_dict(ModelConfig(n_experts=4, router='expert_choice'), TrainConfig())))
-    (tmp_path/'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0, val_ce=3.0, val_bpb=1.0)) + '\n')
-    line = dict(step=1, domain='d', text='ab', pieces=['a', 'b'], ids=[0, 1], expert_ids=[[[0, 1], [2, 3]]], gates=[[[.5, .5], [.5, .5]]], kept=[None])
+    (tmp_path / 'config.json').write_text(
+        json.dumps(to_dict(ModelConfig(n_experts=4, router='expert_choice'), TrainConfig()))
+    )
+    (tmp_path / 'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0, val_ce=3.0, val_bpb=1.0)) + '\n')
+    line = dict(
+        step=1,
+        domain='d',
+        text='ab',
+        pieces=['a', 'b'],
+        ids=[0, 1],
+        expert_ids=[[[0, 1], [2, 3]]],
+        gates=[[[0.5, 0.5], [0.5, 0.5]]],
+        kept=[None],
+    )
     change(line)
-    (tmp_path/'samples.jsonl').write_text(json.dumps(line) + '\n')
+    (tmp_path / 'samples.jsonl').write_text(json.dumps(line) + '\n')
     page = reports.report(tmp_path)
-    assert 'onerror' not in page and 'Text by expert' not in page and 'samples.jsonl line 1 cannot be read' in capsys.readouterr().err
-    with pytest.raises(TypeError): viz.coloured_text(['a'], [[{'<b>': 0}]])
+    assert (
+        'onerror' not in page
+        and 'Text by expert' not in page
+        and 'samples.jsonl line 1 cannot be read' in capsys.readouterr().err
+    )
+    with pytest.raises(TypeError):
+        viz.coloured_text(['a'], [[{'<b>': 0}]])
 
 
 def test_colours_keep_their_meaning_in_a_palette():
@@ -251,44 +377,73 @@ def test_colours_keep_their_meaning_in_a_palette():
     for e in range(24):
         ax.scatter([e], [0], s=9, color=viz.expert_colour(e), linewidths=0)
         ax.plot([0, 24], [e + 1, e + 1], lw=1, color=viz.expert_colour(e), antialiased=False)
-    ax.imshow(np.random.default_rng(0).random((40, 24)), cmap='viridis', extent=(0, 24, 30, 60), aspect='auto')     # many more areas
+    # many more areas
+    ax.imshow(
+        np.random.default_rng(0).random((40, 24)), cmap='viridis', extent=(0, 24, 30, 60), aspect='auto'
+    )
     ax.set(xlim=(-1, 25), ylim=(-1, 60))
     full = io.BytesIO()
     fig.savefig(full, format='png')
-    before, after = (np.asarray(PIL.Image.open(io.BytesIO(b)).convert('RGB')) for b in (full.getvalue(), png(fig)))
+    before, after = (
+        np.asarray(PIL.Image.open(io.BytesIO(b)).convert('RGB')) for b in (full.getvalue(), png(fig))
+    )
     for e in range(24):
-        rgb = [int(viz.expert_colour(e)[i:i + 2], 16) for i in (1, 3, 5)]
+        rgb = [int(viz.expert_colour(e)[i : i + 2], 16) for i in (1, 3, 5)]
         here = (before == rgb).all(-1)
         assert here.any() and (after[here] == rgb).all(), e
-    assert png(viz.new_figure(1, 1)) == png(viz.new_figure(1, 1)) and png(viz.new_figure(1, 1))[:4] == b'\x89PNG'
-    for picture, most in ((np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1), 0),
-                          (np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3)), 17 / 2)):
-        assert abs(np.asarray(viz.in_palette(PIL.Image.fromarray(picture)).convert('RGB')) - picture.astype(int)).max() <= most
+    assert (
+        png(viz.new_figure(1, 1)) == png(viz.new_figure(1, 1)) and png(viz.new_figure(1, 1))[:4] == b'\x89PNG'
+    )
+    for picture, most in (
+        (np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1), 0),
+        (np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3)), 17 / 2),
+    ):
+        assert (
+            abs(
+                np.asarray(viz.in_palette(PIL.Image.fromarray(picture)).convert('RGB')) - picture.astype(int)
+            ).max()
+            <= most
+        )
 
 
 def test_a_watcher_waits_for_its_run(tmp_path, capsys, monkeypatch):
-    "Started first, with another run beside it: it says so, serves, and shows the run when it comes, also after a new beginning."
-    run_of(tmp_path/'other', WHOLE)
-    (tmp_path/'none').mkdir()
-    monkeypatch.setattr(reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    reports.watch(tmp_path/'later', 0, False)
+    """Started first, with another run beside it: it says so, serves, and shows the run when it comes, also
+    after a new beginning.
+    """
+    run_of(tmp_path / 'other', WHOLE)
+    (tmp_path / 'none').mkdir()
+    monkeypatch.setattr(
+        reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    reports.watch(tmp_path / 'later', 0, False)
     said = capsys.readouterr().out
     assert f'waiting     for {tmp_path}/later; runs beside it: other' in said and 'ssh -L ' in said
-    live = reports.Live(tmp_path/'later')
+    live = reports.Live(tmp_path / 'later')
     assert '<script>' in live.answer('/', 0, -1)[1]
-    with pytest.raises(BadInput, match='waiting for'): live.answer('/board', 0, -1)
+    with pytest.raises(BadInput, match='waiting for'):
+        live.answer('/board', 0, -1)
     for rows in (WHOLE, WHOLE[:2], WHOLE[:1] * 1):
-        shutil.rmtree(tmp_path/'later', ignore_errors=True)
-        with pytest.raises(BadInput, match='waiting for'): live.answer('/board', 0, -1)
-        run_of(tmp_path/'later', rows)
+        shutil.rmtree(tmp_path / 'later', ignore_errors=True)
+        with pytest.raises(BadInput, match='waiting for'):
+            live.answer('/board', 0, -1)
+        run_of(tmp_path / 'later', rows)
         assert json.loads(live.answer('/board', 0, -1)[1])['step'] == rows[-1]['step']
 
 
 def test_who_may_ask_the_watcher(tmp_path):
-    "Numbers, this machine's names and the given host; never a name from elsewhere, which its owner can make lead here."
-    run, me = run_of(tmp_path/'run', WHOLE), socket.gethostname()
-    for host, allowed, refused in (('127.0.0.1', ['127.0.0.1', 'localhost:8712', '[::1]', '192.168.0.7:1'], ['evil.example', f'{me}.example', '', 'localhost.evil']),
-                                   ('0.0.0.0', ['10.0.0.1', me, 'localhost'], ['evil.example'])):
+    """Numbers, this machine's names and the given host.
+
+    Never a name from elsewhere, which its owner can make lead here.
+    """
+    run, me = run_of(tmp_path / 'run', WHOLE), socket.gethostname()
+    for host, allowed, refused in (
+        (
+            '127.0.0.1',
+            ['127.0.0.1', 'localhost:8712', '[::1]', '192.168.0.7:1'],
+            ['evil.example', f'{me}.example', '', 'localhost.evil'],
+        ),
+        ('0.0.0.0', ['10.0.0.1', me, 'localhost'], ['evil.example']),
+    ):
         with server(run, 0, host) as http:
             threading.Thread(target=http.serve_forever, daemon=True).start()
             for name in allowed + refused:
@@ -299,46 +454,84 @@ def test_who_may_ask_the_watcher(tmp_path):
 
 
 def test_the_usual_port_may_be_taken(tmp_path, capsys, monkeypatch):
-    run = run_of(tmp_path/'run', WHOLE)
-    monkeypatch.setattr(reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    run = run_of(tmp_path / 'run', WHOLE)
+    monkeypatch.setattr(
+        reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(BadInput, match=f'port {port} of 127.0.0.1 cannot be used'): reports.watch(run, port, False)
+        with pytest.raises(BadInput, match=f'port {port} of 127.0.0.1 cannot be used'):
+            reports.watch(run, port, False)
 
 
-def http_client(port: int): return http.client.HTTPConnection('127.0.0.1', port, timeout=10)
+def http_client(port: int):
+    return http.client.HTTPConnection('127.0.0.1', port, timeout=10)
 
 
-@pytest.mark.parametrize('rows', [[row(s) | {'health': {'busiest': [1.0]}} for s in (1, 2)], [row(1), row(2, load=[[1, 2, 3, 4]] * 3), row(3)],
-                                  [row(1), row(2, val_load_a=[[1, 2]]), row(3)], [row(1), row(2, health=3), row(3)], [row(1), row(2, ce=10**400), row(3)],
-                                  [row(1), row(2, load=[[{}] * 4] * 2), row(3)], [row(1), row(2, val_bpb=[1]), row(3)],
-                                  [row(1), row(2, tokens=[1]), row(3)]])
+@pytest.mark.parametrize(
+    'rows',
+    [
+        [row(s) | {'health': {'busiest': [1.0]}} for s in (1, 2)],
+        [row(1), row(2, load=[[1, 2, 3, 4]] * 3), row(3)],
+        [row(1), row(2, val_load_a=[[1, 2]]), row(3)],
+        [row(1), row(2, health=3), row(3)],
+        [row(1), row(2, ce=10**400), row(3)],
+        [row(1), row(2, load=[[{}] * 4] * 2), row(3)],
+        [row(1), row(2, val_bpb=[1]), row(3)],
+        [row(1), row(2, tokens=[1]), row(3)],
+    ],
+)
 def test_a_figure_of_another_shape_costs_its_line(rows, tmp_path):
-    run = run_of(tmp_path/'run', rows, [text(3), text(3, 'b', expert_ids=[[[0, 9]] * 6] * 2), text(3, 'c', expert_ids=[[[0, 1]] * 6], gates=[[[.5, .5]] * 6], kept=[None])])
+    run = run_of(
+        tmp_path / 'run',
+        rows,
+        [
+            text(3),
+            text(3, 'b', expert_ids=[[[0, 9]] * 6] * 2),
+            text(3, 'c', expert_ids=[[[0, 1]] * 6], gates=[[[0.5, 0.5]] * 6], kept=[None]),
+        ],
+    )
     whole = [r['step'] for r in rows if r['step'] != 2] if len(rows) == 3 else []
     if not whole:
-        with pytest.raises(BadInput, match='holds no line of a run yet'): report(run)
+        with pytest.raises(BadInput, match='holds no line of a run yet'):
+            report(run)
         return
-    assert [r['step'] for r in read_rows(run/'log.jsonl')] == whole and '<h2>Experts' in report(run)
-    assert json.loads(reports.Live(run).answer('/board', 0, -1)[1])['step'] == 3 and reports.Live(run).answer('/text', 0, -1)
+    assert [r['step'] for r in read_rows(run / 'log.jsonl')] == whole and '<h2>Experts' in report(run)
+    assert json.loads(reports.Live(run).answer('/board', 0, -1)[1])['step'] == 3 and reports.Live(run).answer(
+        '/text', 0, -1
+    )
 
 
 def test_many_domains_with_long_names_stay_readable():
     "Eleven of their own, the others as one, no name longer than what fits; no choice is lost."
     rows = [row(1) | {f'val_load_{"a rather long name " * 9}{i}': [[i + 1, 1, 1, 1]] * 2 for i in range(60)}]
     names, load = viz.domain_load(rows[0], 1)
-    assert len(names) == len(set(names)) == len(load) == 12 and names[-1] == '50 others' and max(map(len, names)) <= 24
+    assert (
+        len(names) == len(set(names)) == len(load) == 12
+        and names[-1] == '50 others'
+        and max(map(len, names)) <= 24
+    )
     assert load.sum() == sum(range(1, 61)) + 3 * 60 + 10 and png(experts_figure(rows))
 
 
-@pytest.mark.parametrize('damage', [dict(health={'busiest': [1.5, 1.2]}), dict(load=[[None, 1, 2, 3]] * 2), dict(load=[[-1, 1, 2, 3]] * 2), dict(load=[[1, 2, 3, 4]] * 3, health={}),
-                                    dict(val_load_a=[[None, 1, 2, 3]] * 2), dict(val_ce=0, val_bpb=0), dict(load=None, health=None)])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        dict(health={'busiest': [1.5, 1.2]}),
+        dict(load=[[None, 1, 2, 3]] * 2),
+        dict(load=[[-1, 1, 2, 3]] * 2),
+        dict(load=[[1, 2, 3, 4]] * 3, health={}),
+        dict(val_load_a=[[None, 1, 2, 3]] * 2),
+        dict(val_ce=0, val_bpb=0),
+        dict(load=None, health=None),
+    ],
+)
 def test_a_figure_that_is_missing_or_none_costs_its_line(damage, tmp_path):
     "Also in the last line, which says what the watcher shows, and of which layer."
     for rows in ([*WHOLE[:4], row(5, **damage)], [row(1, **damage), *WHOLE[1:]]):
-        run = run_of(tmp_path/'run', rows, [text(4), text(5)])
+        run = run_of(tmp_path / 'run', rows, [text(4), text(5)])
         page = report(run)
         assert '<h2>Experts' in page and '<h2>Health' in page and '<h2>Text by expert' in page
         shown = json.loads(reports.Live(run).answer('/board', 2, -1)[1])
@@ -346,35 +539,53 @@ def test_a_figure_that_is_missing_or_none_costs_its_line(damage, tmp_path):
 
 
 def test_a_damaged_text_costs_itself_alone(tmp_path, capsys):
-    "Of an evaluation of two texts the other stays, with its history; an expert that the log does not know is none."
+    """Of an evaluation of two texts the other stays, with its history.
+
+    An expert that the log does not know is none.
+    """
     lines = [text(step, name) for step in (3, 4, 5) for name in 'ab']
     lines[-1] = text(5, 'b', expert_ids=[[[0, 7]] * 6] * 2)
-    run = run_of(tmp_path/'run', WHOLE, [*lines, text(5, 'c', expert_ids=[[], []], gates=[], kept=[None] * 2)])
+    run = run_of(
+        tmp_path / 'run', WHOLE, [*lines, text(5, 'c', expert_ids=[[], []], gates=[], kept=[None] * 2)]
+    )
     found = reports.read_samples(run)
-    assert found.steps == [3, 4, 5] and found.expert_ids.shape == (3, 2, 6, 2) and [line['domain'] for line in found.lines] == ['a']
+    assert (
+        found.steps == [3, 4, 5]
+        and found.expert_ids.shape == (3, 2, 6, 2)
+        and [line['domain'] for line in found.lines] == ['a']
+    )
     assert 'samples.jsonl line 6 cannot be read' in capsys.readouterr().err
-    (run/'samples.jsonl').write_text(json.dumps(text(5) | {'gates': [[[float('nan')] * 2] * 6] * 2}) + '\n')
+    (run / 'samples.jsonl').write_text(json.dumps(text(5) | {'gates': [[[float('nan')] * 2] * 6] * 2}) + '\n')
     assert reports.read_samples(run) is None
 
 
 def test_a_page_says_which_folder_it_waits_for(tmp_path, capsys):
-    run = tmp_path/'<b>later\x1b[31m'
+    run = tmp_path / '<b>later\x1b[31m'
     for make, words in ((lambda: None, 'which is not there'), (run.mkdir, 'to get its first line')):
         make()
         page = reports.Live(run).answer('/', 0, -1)[1]
-        assert f'waiting for {tmp_path}/&lt;b&gt;later\\x1b[31m' in page and words in page and '\x1b' not in page
-        with pytest.raises(BadInput, match=words): reports.Live(run).answer('/board', 0, -1)
+        assert (
+            f'waiting for {tmp_path}/&lt;b&gt;later\\x1b[31m' in page and words in page and '\x1b' not in page
+        )
+        with pytest.raises(BadInput, match=words):
+            reports.Live(run).answer('/board', 0, -1)
     run_of(run, WHOLE)
     assert 'waiting for' not in reports.Live(run).answer('/', 0, -1)[1]
-    with pytest.raises(BadInput, match='is a file'): reports.watch(run/'log.jsonl', 0, False)
+    with pytest.raises(BadInput, match='is a file'):
+        reports.watch(run / 'log.jsonl', 0, False)
 
 
-@pytest.mark.parametrize('host, at', [('127.0.0.1', 'localhost'), ('127.0.0.2', '127.0.0.2'), ('::1', 'localhost')])
+@pytest.mark.parametrize(
+    'host, at', [('127.0.0.1', 'localhost'), ('127.0.0.2', '127.0.0.2'), ('::1', 'localhost')]
+)
 def test_a_watcher_says_how_to_reach_it(host, at, tmp_path, capsys, monkeypatch):
     "From another machine too, where nobody is logged in by name; where the usual port is taken, at the next."
-    if host == '::1' and not socket.has_ipv6: pytest.skip('no IPv6 here')
-    run, ports = run_of(tmp_path/'run', WHOLE), []
-    monkeypatch.setattr(reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    if host == '::1' and not socket.has_ipv6:
+        pytest.skip('no IPv6 here')
+    run = run_of(tmp_path / 'run', WHOLE)
+    monkeypatch.setattr(
+        reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with reports.server_at(run, None, host) as first:
         reports.watch(run, None, False, host)
         port = int(capsys.readouterr().out.split('ssh -L ')[1].split(':')[0])
@@ -382,43 +593,90 @@ def test_a_watcher_says_how_to_reach_it(host, at, tmp_path, capsys, monkeypatch)
     reports.watch(run, 0, False, host)
     said = capsys.readouterr().out
     port = said.split('ssh -L ')[1].split(':')[0]
-    assert f'at http://{at}:{port}/' in said.splitlines()[0] and f'ssh -L {port}:{at}:{port} {socket.gethostname()}' in said
+    assert (
+        f'at http://{at}:{port}/' in said.splitlines()[0]
+        and f'ssh -L {port}:{at}:{port} {socket.gethostname()}' in said
+    )
 
 
-EVIL = ['\x1b[31mred\x07', '\u202egnp.exe', 'a\0b\x85c', '<b>\x9b31m', '\x1b]0;title\x07', '\ud800', 'line\u2028']
+EVIL = [
+    '\x1b[31mred\x07',
+    '\u202egnp.exe',
+    'a\0b\x85c',
+    '<b>\x9b31m',
+    '\x1b]0;title\x07',
+    '\ud800',
+    'line\u2028',
+]
 
 
 def test_nothing_that_a_terminal_or_a_page_obeys_is_shown_as_it_is(tmp_path, capsys):
-    "Escapes, zeros, turns of direction and half characters are written out, in names of runs and domains and in texts."
-    run = run_of(tmp_path/'run\x1b[31m', [row(s) | {f'val_{kind}_{name}': value for name in EVIL for kind, value in (('load', [[1, 2, 3, 4]] * 2), ('bpb', 2.0))}
-                                          for s in (1, 2)], [text(2, name, [*EVIL, '\t', '\n', '\r']) for name in EVIL])
+    """Escapes, zeros, turns of direction and half characters are written out, in names of runs and domains
+    and in texts.
+    """
+    run = run_of(
+        tmp_path / 'run\x1b[31m',
+        [
+            row(s)
+            | {
+                f'val_{kind}_{name}': value
+                for name in EVIL
+                for kind, value in (('load', [[1, 2, 3, 4]] * 2), ('bpb', 2.0))
+            }
+            for s in (1, 2)
+        ],
+        [text(2, name, [*EVIL, '\t', '\n', '\r']) for name in EVIL],
+    )
     live, board = reports.Live(run), svg_words(0, 0, ''.join(EVIL))
-    shown = [report(run), live.answer('/', 0, -1)[1], *(part for kind in ('board', 'text') for part in map(str, json.loads(live.answer(f'/{kind}', 0, -1)[1]).values())), board]
-    reports.main(['experts', str(run), '--out', str(tmp_path/'p\x1b[31m.png')])
+    shown = [
+        report(run),
+        live.answer('/', 0, -1)[1],
+        *(
+            part
+            for kind in ('board', 'text')
+            for part in map(str, json.loads(live.answer(f'/{kind}', 0, -1)[1]).values())
+        ),
+        board,
+    ]
+    reports.main(['experts', str(run), '--out', str(tmp_path / 'p\x1b[31m.png')])
     said = capsys.readouterr()
-    for words in (*shown, said.out): assert not any(ch in words for ch in '\x1b\x07\0\x85\x9b\u202e\u2028\ud800\r'), words[:200]
-    assert '\\x1b[31mred\\x07' in shown[0] and '\\x1b' in said.out and 'a\u200d\u00a0é日' == viz.harmless('a\u200d\u00a0é日')
+    for words in (*shown, said.out):
+        assert not any(ch in words for ch in '\x1b\x07\0\x85\x9b\u202e\u2028\ud800\r'), words[:200]
+    assert (
+        '\\x1b[31mred\\x07' in shown[0]
+        and '\\x1b' in said.out
+        and 'a\u200d\u00a0é日' == viz.harmless('a\u200d\u00a0é日')
+    )
 
 
 def test_domains_whose_short_names_are_alike_stay_apart():
-    rows = [row(1) | {f'val_load_{"the same beginning "}{middle}{" the same end"}': [[1, 2, 3, n]] * 2 for n, middle in enumerate('xyz')}]
+    rows = [
+        row(1)
+        | {
+            f'val_load_{"the same beginning "}{middle}{" the same end"}': [[1, 2, 3, n]] * 2
+            for n, middle in enumerate('xyz')
+        }
+    ]
     names, load = viz.domain_load(rows[0], 0)
     assert len(names) == 4 and load[1:, 3].tolist() == [0, 1, 2] and png(experts_figure(rows))
 
 
 def test_many_domains_are_folded_in_the_figures_of_a_run():
     figures = {f'val_bpb_{n}': 2.0 for n in range(40)}
-    assert '<details><summary>held out: 40 domains' in reports.facts([row(1) | figures], {}) and '<details' not in reports.facts([row(1, val_bpb_a=1.0)], {})
+    assert '<details><summary>held out: 40 domains' in reports.facts(
+        [row(1) | figures], {}
+    ) and '<details' not in reports.facts([row(1, val_bpb_a=1.0)], {})
 
 
 def test_one_step_out_of_line_costs_itself(tmp_path, capsys):
     for odd in (1, 999_999):
         rows = [row(s) for s in range(1, 41)]
         rows[28] = row(odd)
-        run = run_of(tmp_path/str(odd), rows)
-        assert [r['step'] for r in read_rows(run/'log.jsonl')] == [s for s in range(1, 41) if s != 29]
+        run = run_of(tmp_path / str(odd), rows)
+        assert [r['step'] for r in read_rows(run / 'log.jsonl')] == [s for s in range(1, 41) if s != 29]
         assert '1 lines are left out' in capsys.readouterr().err
 
 
 def test_a_watcher_needs_an_address(tmp_path):
-    with pytest.raises(BadInput, match='host must be an address or a name'): server(run_of(tmp_path/'run', WHOLE), 0, '')
+    with pytest.raises(BadInput, match='host must be an address or a name'):
+        server(run_of(tmp_path / 'run', WHOLE), 0, '')

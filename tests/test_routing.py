@@ -1,4 +1,5 @@
 """Every way to run the experts gives the same result, and every way to route is what it says it is."""
+
 import itertools
 from dataclasses import replace
 from fractions import Fraction
@@ -22,7 +23,8 @@ BASE = ModelConfig(n_embd=16, n_head=1, n_experts=6, top_k=2, expert_width=24)
 
 def filled(layer: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    for p in layer.parameters(): torch.nn.init.normal_(p, std=0.3)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
     return layer
 
 
@@ -36,8 +38,10 @@ def one_expert(layer: MoE, e: int, x: torch.Tensor) -> torch.Tensor:
 def by_loop(layer: MoE, x: torch.Tensor) -> torch.Tensor:
     "Token by token, choice by choice."
     r, rows = layer.router(x.flatten(0, 1)), x.flatten(0, 1)
-    out = [sum(g * one_expert(layer, e, row[None])[0] for e, g in zip(ids.tolist(), gates))
-           for row, ids, gates in zip(rows, r.expert_ids, r.gates)]
+    out = [
+        sum(g * one_expert(layer, e, row[None])[0] for e, g in zip(ids.tolist(), gates))
+        for row, ids, gates in zip(rows, r.expert_ids, r.gates)
+    ]
     return torch.stack(out).view(x.shape)
 
 
@@ -45,20 +49,23 @@ def by_one_hot(layer: MoE, x: torch.Tensor) -> torch.Tensor:
     "All experts on all tokens, then an einsum with the gates."
     r, rows = layer.router(x.flatten(0, 1)), x.flatten(0, 1)
     weight = torch.einsum('nke,nk->ne', F.one_hot(r.expert_ids, layer.cfg.n_experts).to(x.dtype), r.gates)
-    everything = torch.stack([one_expert(layer, e, rows) for e in range(layer.cfg.n_experts)])   # (E, N, C)
+    everything = torch.stack([one_expert(layer, e, rows) for e in range(layer.cfg.n_experts)])  # (E, N, C)
     return torch.einsum('ne,enc->nc', weight, everything).view(x.shape)
 
 
 def by_padding(layer: MoE, x: torch.Tensor) -> torch.Tensor:
     "Queues so long that nothing is dropped."
     layer.cfg = replace(layer.cfg, capacity_factor=float(layer.cfg.n_experts))
-    try: y, r = layer(x)
-    finally: layer.cfg = replace(layer.cfg, capacity_factor=None)
+    try:
+        y, r = layer(x)
+    finally:
+        layer.cfg = replace(layer.cfg, capacity_factor=None)
     assert r.kept.all()
     return y
 
 
-def dropless(layer: MoE, x: torch.Tensor) -> torch.Tensor: return layer(x)[0]
+def dropless(layer: MoE, x: torch.Tensor) -> torch.Tensor:
+    return layer(x)[0]
 
 
 def by_compiled(layer: MoE, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +124,7 @@ def compared(way, layer: MoE, x: torch.Tensor, grad: torch.Tensor) -> float:
 @pytest.mark.parametrize('case', CASES)
 def test_every_way_is_the_loop(case, way):
     cfg, n = CASES[case]
-    exact = way is not by_grouped_mm                                    # torch has no grouped_mm of float64
+    exact = way is not by_grouped_mm  # torch has no grouped_mm of float64
     layer = filled(MoE(cfg)).to(torch.float64 if exact else torch.float32).train()
     x = torch.randn(1, n, cfg.n_embd, dtype=layer.experts.c_fc.dtype)
     worst = compared(way, layer, x, torch.randn_like(x))
@@ -128,7 +135,8 @@ def test_every_way_is_the_loop(case, way):
 @pytest.mark.parametrize('way', WAYS, ids=lambda f: f.__name__.removeprefix('by_'))
 def test_experts_without_a_token_have_gradients_of_zero(way):
     layer = filled(MoE(BASE)).train()
-    with torch.no_grad(): layer.router.score.weight[2:] = -layer.router.score.weight[:1].sign() * 9
+    with torch.no_grad():
+        layer.router.score.weight[2:] = -layer.router.score.weight[:1].sign() * 9
     x = layer.router.score.weight[:1].detach().sign() * torch.rand(1, 11, 16)
     assert layer(x)[1].expert_ids.unique().tolist() == [0, 1]
     assert compared(way, layer, x, torch.ones_like(x)) < 2e-5
@@ -139,9 +147,9 @@ def test_experts_without_a_token_have_gradients_of_zero(way):
 @pytest.mark.parametrize('way', WAYS, ids=lambda f: f.__name__.removeprefix('by_'))
 def test_strides_do_not_matter(way):
     layer = filled(MoE(BASE)).train()
-    x = torch.randn(1, 16, 14).mT                                       # (1, 14, 16), not contiguous
+    x = torch.randn(1, 16, 14).mT  # (1, 14, 16), not contiguous
     assert not x.is_contiguous()
-    assert compared(way, layer, x, torch.randn(16).expand(1, 14, 16)) < 2e-5     # nor is the gradient
+    assert compared(way, layer, x, torch.randn(16).expand(1, 14, 16)) < 2e-5  # nor is the gradient
 
 
 @pytest.mark.parametrize('way', WAYS, ids=lambda f: f.__name__.removeprefix('by_'))
@@ -149,16 +157,22 @@ def test_autocast_computes_in_bfloat16_and_stays_near(way):
     layer = filled(MoE(BASE)).train()
     x = torch.randn(1, 20, 16)
     want = by_loop(layer, x)
-    with torch.autocast('cpu', torch.bfloat16): got = way(layer, x)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = way(layer, x)
     assert (got - want).norm() < 0.02 * want.norm()
-    if way is not by_one_hot: assert got.dtype == torch.bfloat16
+    if way is not by_one_hot:
+        assert got.dtype == torch.bfloat16
 
 
 ROUTERS = {
-    'softmax': BASE, 'softmax, chosen': replace(BASE, gates='chosen'),
-    'softmax, K=1': replace(BASE, top_k=1), 'noisy': replace(BASE, router='noisy'),
-    'sigmoid': replace(BASE, router='sigmoid'), 'sigmoid, chosen': replace(BASE, router='sigmoid', gates='chosen'),
-    'sigmoid, K=1': replace(BASE, router='sigmoid', top_k=1), 'jitter': replace(BASE, jitter=0.1),
+    'softmax': BASE,
+    'softmax, chosen': replace(BASE, gates='chosen'),
+    'softmax, K=1': replace(BASE, top_k=1),
+    'noisy': replace(BASE, router='noisy'),
+    'sigmoid': replace(BASE, router='sigmoid'),
+    'sigmoid, chosen': replace(BASE, router='sigmoid', gates='chosen'),
+    'sigmoid, K=1': replace(BASE, router='sigmoid', top_k=1),
+    'jitter': replace(BASE, jitter=0.1),
     'bias': replace(BASE, balance='bias'),
     'expert choice': replace(BASE, router='expert_choice', capacity_factor=1.0, eval_capacity_factor=1.0),
     'hash': replace(BASE, router='hash', vocab_size=50),
@@ -170,19 +184,23 @@ def test_a_finite_difference_confirms_the_routers_gradient(name):
     layer = filled(MoE(ROUTERS[name])).double().train()
     x, up = torch.randn(1, 30, 16).double(), torch.randn(1, 30, 16).double()
     weight, direction = layer.router.score.weight, torch.randn(6, 16).double()
+
     def loss():
-        torch.manual_seed(1)                                            # the same noise each time
+        torch.manual_seed(1)  # the same noise each time
         y, r = layer(x)
         return (y * up).sum(), r.expert_ids
+
     value, before = loss()
     slope = (torch.autograd.grad(value, weight)[0] * direction).sum()
     values = []
     for step in (1e-6, -1e-6):
-        with torch.no_grad(): weight += step * direction
+        with torch.no_grad():
+            weight += step * direction
         value, ids = loss()
-        assert torch.equal(ids, before)                                 # no choice flipped on the way
+        assert torch.equal(ids, before)  # no choice flipped on the way
         values.append(value)
-        with torch.no_grad(): weight -= step * direction
+        with torch.no_grad():
+            weight -= step * direction
     assert slope.abs() > 1e-3
     torch.testing.assert_close((values[0] - values[1]) / 2e-6, slope, rtol=1e-5, atol=1e-7)
 
@@ -195,12 +213,14 @@ def test_a_routing_keeps_its_promises(name):
     K = 6 if name == 'expert choice' else cfg.top_k
     assert r.logits.shape == r.probs.shape == (40, 6) and r.expert_ids.shape == r.gates.shape == (40, K)
     torch.testing.assert_close(r.probs.sum(-1), torch.ones(40))
-    assert all(len(set(row)) == K for row in r.expert_ids.tolist())     # K different experts
+    assert all(len(set(row)) == K for row in r.expert_ids.tolist())  # K different experts
     if name != 'hash':
         score = r.probs.gather(1, r.expert_ids)
-        if r.kept is not None: score = score + r.kept                   # taken ones first
+        if r.kept is not None:
+            score = score + r.kept  # taken ones first
         assert (score.diff() <= 0).all(), 'best first'
-    if 'chosen' in name: torch.testing.assert_close(r.gates.sum(-1), torch.ones(40))
+    if 'chosen' in name:
+        torch.testing.assert_close(r.gates.sum(-1), torch.ones(40))
 
 
 def test_sigmoid_by_hand():
@@ -215,13 +235,20 @@ def test_sigmoid_by_hand():
 
 @pytest.mark.parametrize('gates', ['all', 'chosen'])
 def test_sigmoids_that_underflow_make_no_nan(gates):
-    "Logits so low that every sigmoid is 0 in float32, for all experts or for those that a bias chooses; gradients too."
-    logits = torch.tensor([[0.5, 0.1, -0.3, 0.2], [-95.0] * 4, [-300.0, -200.0, -150.0, -120.0], [3.0, 3.0, -110.0, -110.0]], requires_grad=True)
+    """Logits so low that every sigmoid is 0 in float32, for all experts or for those that a bias chooses.
+
+    Gradients too.
+    """
+    logits = torch.tensor(
+        [[0.5, 0.1, -0.3, 0.2], [-95.0] * 4, [-300.0, -200.0, -150.0, -120.0], [3.0, 3.0, -110.0, -110.0]],
+        requires_grad=True,
+    )
     for bias in (None, torch.tensor([0.0, 0.0, 5.0, 5.0])):
         r = choose(logits, 2, gates, 'sigmoid', bias)
         assert r.gates.isfinite().all() and r.probs.isfinite().all()
         torch.testing.assert_close(r.probs.sum(-1), torch.ones(4))
-        if gates == 'chosen': torch.testing.assert_close(r.gates.sum(-1), torch.ones(4))
+        if gates == 'chosen':
+            torch.testing.assert_close(r.gates.sum(-1), torch.ones(4))
         cfg = replace(BASE, n_experts=4, router='sigmoid', gates=gates, balance='switch')
         loss = total_loss(torch.zeros(()), [r], cfg).total + r.gates.sum()
         assert torch.autograd.grad(loss, logits, retain_graph=True)[0].isfinite().all()
@@ -230,21 +257,29 @@ def test_sigmoids_that_underflow_make_no_nan(gates):
 
 
 def test_shares_are_those_of_the_decimal_number():
-    "For every factor of two digits, as exact fractions have it: floating point alone gives one too few for hundreds of cases."
+    """For every factor of two digits, as exact fractions have it: floating point alone gives one too few for
+    hundreds of cases.
+    """
     for hundredths in range(5, 305, 5):
         for n, E in itertools.product((10, 60, 100, 390, 12288), (2, 3, 5, 8, 10)):
             assert even_shares(hundredths / 100, n, E) == Fraction(hundredths, 100) * n // E
 
 
 def test_muon_leaves_a_matrix_without_gradients_where_it_is():
-    "An expert that gets no token any more: old momentum, orthogonalised, would move it at full speed for hundreds of steps."
+    """An expert that gets no token any more: old momentum, orthogonalised, would move it at full speed for
+    hundreds of steps.
+    """
     torch.manual_seed(0)
-    model = GPT(replace(BASE, block_size=8, vocab_size=11, n_layer=1, n_head=2, n_experts=4, top_k=1, moe_every=1))
+    model = GPT(
+        replace(BASE, block_size=8, vocab_size=11, n_layer=1, n_head=2, n_experts=4, top_k=1, moe_every=1)
+    )
     optimizer = make_optimizer(model, TrainConfig(optimizer='muon', weight_decay=0.0, learning_rate=1e-2))
     w, frozen = model.h[0].mlp.experts.c_fc, model.h[0].attn.c_attn.weight.requires_grad_(False)
     for step in range(10):
-        for p in model.parameters(): p.grad = torch.randn_like(p) * 0.01 if p.requires_grad else None
-        if step >= 5: w.grad[2] = 0
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * 0.01 if p.requires_grad else None
+        if step >= 5:
+            w.grad[2] = 0
         before = w.detach().clone(), frozen.clone()
         optimizer.step()
         moved = (w.detach() - before[0]).flatten(1).norm(dim=1)
@@ -256,14 +291,18 @@ def test_expert_choice_by_hand():
     layer = filled(MoE(cfg)).double().eval()
     x = torch.randn(1, 12, 16).double()
     y, r = layer(x)
-    probs, want, taken = (layer.router.score(x[0])).softmax(-1), torch.zeros(12, 16).double(), torch.zeros(12, 6)
+    probs, want, taken = (
+        (layer.router.score(x[0])).softmax(-1),
+        torch.zeros(12, 16).double(),
+        torch.zeros(12, 6),
+    )
     for e in range(6):
-        for n in sorted(range(12), key=lambda n: -probs[n, e])[:4]:     # 1.0 · K · N / E = 4 tokens each
+        for n in sorted(range(12), key=lambda n: -probs[n, e])[:4]:  # 1.0 · K · N / E = 4 tokens each
             want[n] += probs[n, e] * one_expert(layer, e, x[0, n][None])[0]
             taken[n, e] = 1
     torch.testing.assert_close(y[0], want)
     assert torch.equal(torch.zeros(12, 6).scatter(1, r.expert_ids, r.kept.float()), taken)
-    assert layer.train()(x)[1].kept.sum() == 6 * 6                      # 1.5 · 4 in training
+    assert layer.train()(x)[1].kept.sum() == 6 * 6  # 1.5 · 4 in training
 
 
 def test_hash_is_a_table_of_token_ids():
@@ -273,14 +312,15 @@ def test_hash_is_a_table_of_token_ids():
     assert torch.equal(r.expert_ids[0], r.expert_ids[2]) and (r.gates == 0.5).all()
     counts = router.table.flatten().bincount(minlength=6)
     assert counts.sum() == 100 and not list(router.parameters())
-    with pytest.raises(ValueError, match='token ids'): router(torch.randn(3, 16))
+    with pytest.raises(ValueError, match='token ids'):
+        router(torch.randn(3, 16))
 
 
 def test_jitter_is_for_training_only():
     router = filled(make_router(replace(BASE, jitter=0.1)))
     x = torch.randn(400, 16)
     assert torch.equal(router.eval()(x).logits, router.score(x))
-    ratio = router.train()(torch.eye(16)).logits / router.score(torch.eye(16))      # one feature, one factor
+    ratio = router.train()(torch.eye(16)).logits / router.score(torch.eye(16))  # one feature, one factor
     assert 0.9 <= ratio.min() < 0.95 and 1.05 < ratio.max() <= 1.1
 
 
@@ -304,7 +344,7 @@ def test_sequence_balance_is_the_mean_over_rows():
     torch.manual_seed(0)
     router = filled(make_router(BASE))
     r = router(torch.randn(3 * 8, 16))
-    rows = [balance_loss(Routing(*(t[i * 8:i * 8 + 8] for t in r[:4]))) for i in range(3)]
+    rows = [balance_loss(Routing(*(t[i * 8 : i * 8 + 8] for t in r[:4]))) for i in range(3)]
     torch.testing.assert_close(sequence_balance_loss(r, 3), sum(rows) / 3)
     torch.testing.assert_close(sequence_balance_loss(r, 1), balance_loss(r))
 
@@ -319,22 +359,32 @@ def test_shared_experts_read_every_token():
 
 # ---- who changes whom
 
-QUEUES = {'dropless': {}, 'queue per micro-batch': dict(capacity_over='micro_batch'),
-          'queue per sequence': dict(capacity_over='sequence'),
-          'per sequence, by token': dict(capacity_over='sequence', priority='token'),
-          'per micro-batch, by gate': dict(priority='gate')}
+QUEUES = {
+    'dropless': {},
+    'queue per micro-batch': dict(capacity_over='micro_batch'),
+    'queue per sequence': dict(capacity_over='sequence'),
+    'per sequence, by token': dict(capacity_over='sequence', priority='token'),
+    'per micro-batch, by gate': dict(priority='gate'),
+}
 
 
 def probe(layer: MoE, x: torch.Tensor, ids: torch.Tensor) -> tuple[int, int]:
-    "(earlier positions of the row, positions of other rows) whose output changes when the last token of row 0 does."
+    """(earlier positions of the row, positions of other rows) whose output changes when the last token of row
+    0 does.
+    """
+
     def run(x, ids):
         torch.manual_seed(0)
         return layer(x, ids)[0]
+
     with torch.no_grad():
         before = run(x, ids)
         other, new_ids = x.clone(), ids.clone()
-        other[0, -1], new_ids[0, -1] = torch.randn(x.size(-1), generator=torch.Generator().manual_seed(9)), 49 - ids[0, -1]
-        changed = (run(other, new_ids) - before).abs().amax(-1) > 1e-6      # (B, T)
+        other[0, -1], new_ids[0, -1] = (
+            torch.randn(x.size(-1), generator=torch.Generator().manual_seed(9)),
+            49 - ids[0, -1],
+        )
+        changed = (run(other, new_ids) - before).abs().amax(-1) > 1e-6  # (B, T)
     return changed[0, :-1].sum().item(), changed[1:].sum().item()
 
 
@@ -344,7 +394,8 @@ def probes(cfg: ModelConfig, training: bool, tries: int = 12) -> tuple[int, int]
     for i in range(tries):
         torch.manual_seed(i)
         x, ids = torch.randn(4, 16, 16) + torch.randn(16), torch.randint(50, (4, 16))
-        for place, n in enumerate(probe(layer, x, ids)): total[place] += n
+        for place, n in enumerate(probe(layer, x, ids)):
+            total[place] += n
     return tuple(total)
 
 
@@ -352,17 +403,24 @@ def probes(cfg: ModelConfig, training: bool, tries: int = 12) -> tuple[int, int]
 @pytest.mark.parametrize('queue', QUEUES)
 @pytest.mark.parametrize('router', ['softmax', 'sigmoid', 'hash', 'expert choice'])
 def test_who_changes_whom(router, queue, training):
-    factor = {} if queue == 'dropless' else dict(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1)
+    factor = (
+        {} if queue == 'dropless' else dict(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1)
+    )
     if router == 'expert choice' and queue not in ('dropless', 'queue per micro-batch'):
         pytest.skip('experts that choose fill no queue in order')
     cfg = replace(ROUTERS[router], **factor, **QUEUES[queue])
     earlier, others = probes(cfg, training)
     print(f'{router:14s} {queue:26s} {"training" if training else "evaluation":10s} {earlier:4d} {others:4d}')
-    if router == 'expert choice': assert earlier and others
-    elif queue == 'dropless': assert (earlier, others) == (0, 0)
-    elif queue == 'queue per sequence': assert earlier and not others
-    elif queue == 'per sequence, by token': assert (earlier, others) == (0, 0)
-    else: assert others and (earlier or router == 'hash')               # all gates of a hash are equal: no one is pushed
+    if router == 'expert choice':
+        assert earlier and others
+    elif queue == 'dropless':
+        assert (earlier, others) == (0, 0)
+    elif queue == 'queue per sequence':
+        assert earlier and not others
+    elif queue == 'per sequence, by token':
+        assert (earlier, others) == (0, 0)
+    else:
+        assert others and (earlier or router == 'hash')  # all gates of a hash are equal: no one is pushed
 
 
 def test_a_queue_by_gate_drops_the_smallest_gates():
@@ -371,15 +429,23 @@ def test_a_queue_by_gate_drops_the_smallest_gates():
     _, r = layer(torch.randn(1, 40, 16))
     for e in range(2):
         gates, kept = r.gates[:, 0][r.expert_ids[:, 0] == e], r.kept[:, 0][r.expert_ids[:, 0] == e]
-        if not kept.all(): assert gates[kept].min() >= gates[~kept].max()
+        if not kept.all():
+            assert gates[kept].min() >= gates[~kept].max()
     assert not r.kept.all()
 
 
 # ---- what is logged, and what is refused
 
+
 def test_health_by_hand():
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
-    r = Routing(logits, logits.softmax(-1), torch.tensor([[0], [0]]), torch.ones(2, 1), torch.tensor([[True], [False]]))
+    r = Routing(
+        logits,
+        logits.softmax(-1),
+        torch.tensor([[0], [0]]),
+        torch.ones(2, 1),
+        torch.tensor([[True], [False]]),
+    )
     cfg = ModelConfig(n_experts=3, top_k=1)
     h = health(routing_stats((r,), cfg), 2, 1)
     p = logits[0].softmax(-1)
@@ -390,15 +456,33 @@ def test_health_by_hand():
 
 
 REFUSED = {
-    'expert choice without capacity': (dict(router='expert_choice'), 'capacity_factor and eval_capacity_factor must be set'),
+    'expert choice without capacity': (
+        dict(router='expert_choice'),
+        'capacity_factor and eval_capacity_factor must be set',
+    ),
     'one renormalised gate': (dict(top_k=1, gates='chosen'), "gates must be 'all' when top_k=1"),
-    'one renormalised sigmoid': (dict(top_k=1, gates='chosen', router='sigmoid'), "gates must be 'all' when top_k=1"),
-    'balance of a hash': (dict(router='hash', balance='bias'), 'balance must be none or switch with router=hash, got bias'),
-    "the original's balance of sigmoids": (dict(router='sigmoid', balance='nano_moe'), 'with router=sigmoid, got nano_moe'),
+    'one renormalised sigmoid': (
+        dict(top_k=1, gates='chosen', router='sigmoid'),
+        "gates must be 'all' when top_k=1",
+    ),
+    'balance of a hash': (
+        dict(router='hash', balance='bias'),
+        'balance must be none or switch with router=hash, got bias',
+    ),
+    "the original's balance of sigmoids": (
+        dict(router='sigmoid', balance='nano_moe'),
+        'with router=sigmoid, got nano_moe',
+    ),
     'priority without a queue': (dict(priority='gate'), 'priority must be choice where no queue is filled'),
-    'queues per sequence without a queue': (dict(capacity_over='sequence'), 'capacity_over must be micro_batch where'),
+    'queues per sequence without a queue': (
+        dict(capacity_over='sequence'),
+        'capacity_over must be micro_batch where',
+    ),
     'chosen hash': (dict(router='hash', gates='chosen'), "gates must be 'all' with router=hash"),
-    'joint statistics that nothing reads': (dict(balance='sequence', balance_over='global'), 'balance_over must be micro_batch with'),
+    'joint statistics that nothing reads': (
+        dict(balance='sequence', balance_over='global'),
+        'balance_over must be micro_batch with',
+    ),
     'jittered hash': (dict(router='hash', jitter=0.1), 'jitter must be 0 with router=hash'),
 }
 
@@ -407,27 +491,51 @@ REFUSED = {
 def test_combinations_that_cannot_be_trained_are_refused(case):
     knobs, sentence = REFUSED[case]
     cfg = replace(BASE, **knobs)
-    check(cfg)                                                          # it can be built
-    with pytest.raises(BadInput) as e: check(cfg, TrainConfig())
+    check(cfg)  # it can be built
+    with pytest.raises(BadInput) as e:
+        check(cfg, TrainConfig())
     assert sentence in str(e.value) and len(str(e.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize('knobs, sentence', [
-    (dict(n_kv_head=5), 'n_head must be a multiple of n_kv_head=5, got 12'), (dict(jitter=1.0), 'jitter must be'),
-    (dict(n_shared_experts=-1), 'n_shared_experts must be at least 0'), (dict(bias_rate=-1.0), 'bias_rate must be'),
-    (dict(n_shared_experts=2), 'n_experts must be at least 2 with n_shared_experts=2, got 1')])
+@pytest.mark.parametrize(
+    'knobs, sentence',
+    [
+        (dict(n_kv_head=5), 'n_head must be a multiple of n_kv_head=5, got 12'),
+        (dict(jitter=1.0), 'jitter must be'),
+        (dict(n_shared_experts=-1), 'n_shared_experts must be at least 0'),
+        (dict(bias_rate=-1.0), 'bias_rate must be'),
+        (dict(n_shared_experts=2), 'n_experts must be at least 2 with n_shared_experts=2, got 1'),
+    ],
+)
 def test_shapes_that_cannot_be_built_are_refused(knobs, sentence):
-    with pytest.raises(BadInput, match=sentence): check(ModelConfig(**knobs))
+    with pytest.raises(BadInput, match=sentence):
+        check(ModelConfig(**knobs))
 
 
 # ---- blocks with other parts
 
 SMALL = ModelConfig(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32, n_experts=4, moe_every=1)
-BLOCKS = {'rmsnorm': dict(norm='rmsnorm'), 'qk_norm': dict(qk_norm=True), 'two key heads': dict(n_kv_head=2),
-          'one key head': dict(n_kv_head=1), 'swiglu': dict(activation='swiglu'), 'hash': dict(router='hash'),
-          'shared': dict(n_shared_experts=1), 'sigmoid, bias': dict(router='sigmoid', balance='bias'),
-          'all at once': dict(norm='rmsnorm', qk_norm=True, n_kv_head=2, activation='swiglu', positions='rotary',
-                              n_shared_experts=1, router='sigmoid', balance='sequence', gates='chosen')}
+BLOCKS = {
+    'rmsnorm': dict(norm='rmsnorm'),
+    'qk_norm': dict(qk_norm=True),
+    'two key heads': dict(n_kv_head=2),
+    'one key head': dict(n_kv_head=1),
+    'swiglu': dict(activation='swiglu'),
+    'hash': dict(router='hash'),
+    'shared': dict(n_shared_experts=1),
+    'sigmoid, bias': dict(router='sigmoid', balance='bias'),
+    'all at once': dict(
+        norm='rmsnorm',
+        qk_norm=True,
+        n_kv_head=2,
+        activation='swiglu',
+        positions='rotary',
+        n_shared_experts=1,
+        router='sigmoid',
+        balance='sequence',
+        gates='chosen',
+    ),
+}
 
 
 @pytest.mark.parametrize('case', BLOCKS)
@@ -435,25 +543,28 @@ def test_a_model_of_these_parts_is_causal_learns_and_counts_its_flops(case):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     from nanomoe.attention import KVCache
+
     cfg = replace(SMALL, **BLOCKS[case])
     torch.manual_seed(0)
     model, idx = GPT(cfg), torch.randint(50, (2, 16))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx, idx).losses.total.backward()
-    if cfg.n_kv_head in (None, cfg.n_head): assert counter.get_total_flops() == flops_per_token(cfg) * idx.numel()
+    if cfg.n_kv_head in (None, cfg.n_head):
+        assert counter.get_total_flops() == flops_per_token(cfg) * idx.numel()
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
     whole, later = model(idx).logits, idx.clone()
     later[:, 10:] = 7
     torch.testing.assert_close(model(later).logits[:, :10], whole[:, :10])
     cache = [KVCache(16) for _ in model.h]
-    steps = [model(idx[:, i:i + 1], cache=cache).logits for i in range(16)]
+    steps = [model(idx[:, i : i + 1], cache=cache).logits for i in range(16)]
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_grouped_queries_are_repeated_keys():
     "With each key head copied to the query heads it serves, ordinary attention gives the same."
     from nanomoe.attention import CausalSelfAttention
+
     few, many = (CausalSelfAttention(replace(SMALL, n_kv_head=n)) for n in (2, 4))
     with torch.no_grad():
         q, k, v = few.c_attn.weight.split([32, 16, 16])
@@ -467,22 +578,29 @@ def test_grouped_queries_are_repeated_keys():
 def test_norms_by_hand():
     from nanomoe.attention import CausalSelfAttention
     from nanomoe.model import make_norm
+
     x = torch.randn(5, 32) * 3 + 1
     norm = make_norm(replace(SMALL, norm='rmsnorm'))
     torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
     attention, seen = CausalSelfAttention(replace(SMALL, qk_norm=True)), []
     attention.attend = lambda q, k, v, cache: seen.extend([q, k]) or v
     attention(torch.randn(2, 9, 32))
-    for t in seen: torch.testing.assert_close(t.norm(dim=-1), torch.full((2, 4, 9), 8 ** 0.5), atol=1e-2, rtol=1e-3)
+    for t in seen:
+        torch.testing.assert_close(t.norm(dim=-1), torch.full((2, 4, 9), 8**0.5), atol=1e-2, rtol=1e-3)
 
 
 def test_queues_that_cannot_be_full_are_no_queues():
-    "With room for every token the layer takes the way without queues: the same output, gradients and choices, all kept."
-    cfg = ModelConfig(n_embd=16, n_experts=4, top_k=2, capacity_factor=2.0, eval_capacity_factor=2.0, min_capacity=1)
+    """With room for every token the layer takes the way without queues: the same output, gradients and
+    choices, all kept.
+    """
+    cfg = ModelConfig(
+        n_embd=16, n_experts=4, top_k=2, capacity_factor=2.0, eval_capacity_factor=2.0, min_capacity=1
+    )
     torch.manual_seed(0)
     layer, x = filled(MoE(cfg)), torch.randn(2, 6, 16)
     roomy, tight = (MoE(replace(cfg, capacity_factor=factor)) for factor in (2.0, 1.9))
-    for other in (roomy, tight): other.load_state_dict(layer.state_dict())
+    for other in (roomy, tight):
+        other.load_state_dict(layer.state_dict())
     free = MoE(replace(cfg, capacity_factor=None))
     free.load_state_dict(layer.state_dict())
     (y, r), (wanted, s) = roomy(x), free(x)
@@ -493,33 +611,55 @@ def test_queues_that_cannot_be_full_are_no_queues():
 def test_a_layer_on_its_own_is_drawn_as_a_model_is():
     cfg = ModelConfig(n_layer=8, n_embd=64, n_experts=4, n_shared_experts=1)
     layer = MoE(cfg)
-    for p in layer.parameters(): torch.nn.init.constant_(p, float('nan'))
+    for p in layer.parameters():
+        torch.nn.init.constant_(p, float('nan'))
     initialise(layer, cfg)
-    for w in (layer.router.score.weight, layer.experts.c_fc, layer.shared.c_fc.weight): assert abs(w.std() / 0.02 - 1) < 0.1
-    for w in (layer.experts.c_proj, layer.shared.c_proj.weight): assert abs(w.std() / (0.02 / 4) - 1) < 0.1    # √(2·8) = 4
+    for w in (layer.router.score.weight, layer.experts.c_fc, layer.shared.c_fc.weight):
+        assert abs(w.std() / 0.02 - 1) < 0.1
+    for w in (layer.experts.c_proj, layer.shared.c_proj.weight):
+        assert abs(w.std() / (0.02 / 4) - 1) < 0.1  # √(2·8) = 4
 
 
-@pytest.mark.parametrize('change', [dict(), dict(balance='sequence'), dict(gates='chosen'), dict(router='sigmoid')])
+@pytest.mark.parametrize(
+    'change', [dict(), dict(balance='sequence'), dict(gates='chosen'), dict(router='sigmoid')]
+)
 def test_padding_counts_in_no_loss(change):
-    "What stands after the last target changes neither value nor gradient, and the losses are those of the rows without it."
-    cfg = ModelConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, n_experts=4, moe_every=1, balance_weight=0.1, **change)
+    """What stands after the last target changes neither value nor gradient, and the losses are those of the
+    rows without it.
+    """
+    cfg = ModelConfig(
+        block_size=8,
+        vocab_size=11,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        n_experts=4,
+        moe_every=1,
+        balance_weight=0.1,
+        **change,
+    )
     torch.manual_seed(0)
     model = GPT(cfg)
-    for p in model.parameters(): torch.nn.init.normal_(p, std=0.5)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
     x, y = torch.randint(11, (2, 4, 8))
     y[:, 5:] = -1
+
     def losses_and_gradients(x, y):
         model.zero_grad()
         losses = model(x, y, keep_logits=False).losses
         losses.total.backward()
         return [*losses, *(p.grad for p in model.parameters())]
+
     padded, other = x.clone(), x.clone()
     other[:, 5:] = torch.randint(11, (4, 3))
     torch.testing.assert_close(losses_and_gradients(padded, y), losses_and_gradients(other, y))
     cut = [t.contiguous() for t in (x[:, :5], y[:, :5])]
     whole, short = losses_and_gradients(padded, y), losses_and_gradients(*cut)
     torch.testing.assert_close(whole, short, rtol=1e-4, atol=1e-5)
-    y[3] = -1                                                           # a row of padding alone has no say either
-    torch.testing.assert_close(losses_and_gradients(x, y), losses_and_gradients(x[:3], y[:3]), rtol=1e-4, atol=1e-5)
+    y[3] = -1  # a row of padding alone has no say either
+    torch.testing.assert_close(
+        losses_and_gradients(x, y), losses_and_gradients(x[:3], y[:3]), rtol=1e-4, atol=1e-5
+    )
     empty = model(x, torch.full_like(y, -1)).losses
     assert empty.total == 0 and empty.balance == 0

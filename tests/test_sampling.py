@@ -1,4 +1,5 @@
-"""The cache changes nothing but the time, a row nothing in the others, and a stop ends a text wherever cut."""
+"""The cache changes nothing but the time, a row nothing in the others, and a stop ends a text anywhere."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -14,26 +15,37 @@ from nanomoe.config import ModelConfig
 from nanomoe.presets import PRESETS
 from nanomoe.data import prepare
 from nanomoe.model import GPT
-from nanomoe.sample import Sampling, Step, generate, prompt, rows_compete, stream, texts, unescaped, until_stop
+from nanomoe.sample import Sampling, Step, generate, prompt, rows_compete, texts, unescaped, until_stop
 from nanomoe.train import train
 
 T = 16
 BASE = ModelConfig(block_size=T, vocab_size=50, n_layer=2, n_head=4, n_embd=32, expert_width=24)
 SPARSE = dict(n_experts=6, top_k=2, moe_every=1)
-SHAPES = {'dense': {}, 'GPT-2': dict(bias=True, activation='gelu_tanh'), 'rotary': dict(positions='rotary'),
-          'shared keys': dict(n_kv_head=2), 'rotary, shared keys, norms': dict(
-              positions='rotary', n_kv_head=1, qk_norm=True, norm='rmsnorm', activation='swiglu'),
-          'MoE': SPARSE, 'MoE every second layer': SPARSE | dict(moe_every=2, gates='chosen', bias=True),
-          'modern MoE': SPARSE | dict(positions='rotary', qk_norm=True, norm='rmsnorm', activation='swiglu',
-                                      n_kv_head=2, n_shared_experts=1),
-          'sigmoid': SPARSE | dict(router='sigmoid', balance='bias'), 'hash': SPARSE | dict(router='hash')}
+SHAPES = {
+    'dense': {},
+    'GPT-2': dict(bias=True, activation='gelu_tanh'),
+    'rotary': dict(positions='rotary'),
+    'shared keys': dict(n_kv_head=2),
+    'rotary, shared keys, norms': dict(
+        positions='rotary', n_kv_head=1, qk_norm=True, norm='rmsnorm', activation='swiglu'
+    ),
+    'MoE': SPARSE,
+    'MoE every second layer': SPARSE | dict(moe_every=2, gates='chosen', bias=True),
+    'modern MoE': SPARSE
+    | dict(
+        positions='rotary', qk_norm=True, norm='rmsnorm', activation='swiglu', n_kv_head=2, n_shared_experts=1
+    ),
+    'sigmoid': SPARSE | dict(router='sigmoid', balance='bias'),
+    'hash': SPARSE | dict(router='hash'),
+}
 
 
 def made(**knobs) -> GPT:
     "A model whose every weight counts: a wrong position or a forgotten bias must show."
     torch.manual_seed(0)
     model = GPT(replace(BASE, **knobs))
-    for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
     return model.eval()
 
 
@@ -42,7 +54,9 @@ def written(monkeypatch, model: GPT, idx: torch.Tensor, n: int, **knobs):
     logits, read = [], []
     with monkeypatch.context() as patch:
         drawn = sample.distribution
-        patch.setattr(sample, 'distribution', lambda row, *args: logits.append(row.clone()) or drawn(row, *args))
+        patch.setattr(
+            sample, 'distribution', lambda row, *args: logits.append(row.clone()) or drawn(row, *args)
+        )
         hook = model.wte.register_forward_hook(lambda module, args, out: read.append(args[0].size(1)))
         torch.manual_seed(1)
         ids = torch.stack([step.ids for step in generate(model, idx, n, **knobs)], 1)
@@ -59,11 +73,12 @@ def test_the_cache_changes_nothing(monkeypatch, name):
     model, idx = made(**SHAPES[name]), random_rows(3, 5)
     ids, logits, read = written(monkeypatch, model, idx, 20)
     anew, expected, all_read = written(monkeypatch, model, idx, 20, use_cache=False)
-    assert read == [5] + [1] * (T - 5) + [T] * 8 and all_read == [*range(5, T)] + [T] * 9   # past block_size too
+    # past block_size too
+    assert read == [5] + [1] * (T - 5) + [T] * 8 and all_read == [*range(5, T)] + [T] * 9
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(ids, anew)
     whole = torch.cat([idx, ids], 1)
-    by_model = torch.stack([model(whole[:, max(0, t - T):t]).logits[:, -1] for t in range(5, 25)])
+    by_model = torch.stack([model(whole[:, max(0, t - T) : t]).logits[:, -1] for t in range(5, 25)])
     torch.testing.assert_close(logits, by_model, atol=1e-4, rtol=1e-4)
 
 
@@ -73,20 +88,27 @@ def test_rows_of_a_batch_are_what_they_are_alone(monkeypatch, name):
     assert not rows_compete(model.cfg)
     ids, logits, _ = written(monkeypatch, model, idx, 20, temperature=0)
     for b in range(4):
-        alone, expected, _ = written(monkeypatch, model, idx[b:b + 1], 20, temperature=0)
-        torch.testing.assert_close(logits[:, b:b + 1], expected, atol=1e-4, rtol=1e-4)
-        assert torch.equal(ids[b:b + 1], alone)
+        alone, expected, _ = written(monkeypatch, model, idx[b : b + 1], 20, temperature=0)
+        torch.testing.assert_close(logits[:, b : b + 1], expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(ids[b : b + 1], alone)
 
 
-@pytest.mark.parametrize('knobs, compete', [
-    (dict(eval_capacity_factor=0.5), True), (dict(eval_capacity_factor=0.5, capacity_over='sequence'), False),
-    (dict(router='expert_choice', capacity_factor=1.0, eval_capacity_factor=1.0), True),
-    (dict(router='expert_choice', eval_capacity_factor=1.0, capacity_over='sequence'), True),
-    (dict(capacity_factor=0.5), False), (dict(n_experts=1, eval_capacity_factor=0.5), False)])
+@pytest.mark.parametrize(
+    'knobs, compete',
+    [
+        (dict(eval_capacity_factor=0.5), True),
+        (dict(eval_capacity_factor=0.5, capacity_over='sequence'), False),
+        (dict(router='expert_choice', capacity_factor=1.0, eval_capacity_factor=1.0), True),
+        (dict(router='expert_choice', eval_capacity_factor=1.0, capacity_over='sequence'), True),
+        (dict(capacity_factor=0.5), False),
+        (dict(n_experts=1, eval_capacity_factor=0.5), False),
+    ],
+)
 def test_rows_that_compete_are_known(knobs, compete):
     model = made(**SPARSE | dict(min_capacity=1) | knobs)
     x = random_rows(4, T)
-    with torch.no_grad(): moved = (model(x).logits[:1] - model(x[:1]).logits).abs().max()
+    with torch.no_grad():
+        moved = (model(x).logits[:1] - model(x[:1]).logits).abs().max()
     assert rows_compete(model.cfg) == compete == bool(moved > 1e-3)
 
 
@@ -100,7 +122,9 @@ def test_a_long_prompt_counts_with_its_last_block(monkeypatch):
 def test_limits_of_the_knobs(monkeypatch):
     model, idx = made(), random_rows(2, 5)
     cases = {}, dict(top_k=50), dict(top_k=10**9), dict(top_k=1), dict(temperature=0), dict(top_p=1e-9)
-    plain, all_there, more, one, cold, least = (written(monkeypatch, model, idx, 12, **case)[0] for case in cases)
+    plain, all_there, more, one, cold, least = (
+        written(monkeypatch, model, idx, 12, **case)[0] for case in cases
+    )
     assert torch.equal(plain, all_there) and torch.equal(plain, more) and not torch.equal(plain, cold)
     assert torch.equal(one, cold) and torch.equal(least, cold)
     assert written(monkeypatch, model, idx, 12, temperature=2.0, top_k=99, n_vocab=7)[0].max() < 7
@@ -108,10 +132,15 @@ def test_limits_of_the_knobs(monkeypatch):
 
 # ---- stop strings
 
+
 def cut_before(text: str, stops: list[str]) -> str:
-    "The oracle: read one character more at a time; the first time that the text ends with a stop, cut that off."
+    """The oracle: read one character more at a time.
+
+    The first time that the text ends with a stop, cut that off.
+    """
     for n in range(len(text) + 1):
-        if ends := [stop for stop in stops if text[:n].endswith(stop)]: return text[:n - max(map(len, ends))]
+        if ends := [stop for stop in stops if text[:n].endswith(stop)]:
+            return text[: n - max(map(len, ends))]
     return text
 
 
@@ -145,7 +174,7 @@ def test_only_what_may_begin_a_stop_waits(text, stops):
     whole, printed = cut_before(text, stops), ''
     for n, piece in enumerate(until_stop(text, stops), 1):
         printed += piece
-        held = text[len(printed):n]
+        held = text[len(printed) : n]
         assert whole.startswith(printed)
         assert not held or printed == whole or any(stop.startswith(held) and stop != held for stop in stops)
     assert printed == whole
@@ -158,23 +187,35 @@ def test_escapes():
 
 # ---- the command
 
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp('sampling')
-    prepare('numbers', folder/'numbers', tokenizer='bytes')
+    prepare('numbers', folder / 'numbers', tokenizer='bytes')
     mc, tc = PRESETS['tiny']
-    tc = replace(tc, dataset=str(folder/'numbers'), out_dir=str(folder/'run'), device='cpu', max_iters=2,
-                 warmup_iters=1, eval_interval=2, checkpoint_interval=2)
-    for _ in train(mc, tc): pass
-    return str(folder/'run')
+    tc = replace(
+        tc,
+        dataset=str(folder / 'numbers'),
+        out_dir=str(folder / 'run'),
+        device='cpu',
+        max_iters=2,
+        warmup_iters=1,
+        eval_interval=2,
+        checkpoint_interval=2,
+    )
+    for _ in train(mc, tc):
+        pass
+    return str(folder / 'run')
 
 
 @pytest.fixture
 def say(run, capsys):
     "What the command prints for the run, given more words."
+
     def said(*words: str) -> str:
         sample.main([run, '--device=cpu', '--max_new_tokens=24', *words])
         return capsys.readouterr().out
+
     return said
 
 
@@ -188,46 +229,53 @@ def test_a_seed_gives_the_same_texts(say):
 
 
 def test_files_and_limits(say, tmp_path):
-    (tmp_path/'start.txt').write_text('1 + 1 = ' * 20)                              # longer than block_size=32
-    assert say('--start_file', str(tmp_path/'start.txt')) == say('--start', '1 + 1 = ' * 20)
+    (tmp_path / 'start.txt').write_text('1 + 1 = ' * 20)  # longer than block_size=32
+    assert say('--start_file', str(tmp_path / 'start.txt')) == say('--start', '1 + 1 = ' * 20)
     assert say('--top_k=100000') == say('--top_k=None') != say('--top_k=1') == say('--temperature=0')
 
 
 def test_one_text_per_domain(run, capsys, tmp_path):
     "Each continues the beginning that the run wrote down last, under the domain's name."
-    shutil.copytree(run, tmp_path/'run')
-    last = json.loads((tmp_path/'run'/'samples.jsonl').read_text().splitlines()[-1])
+    shutil.copytree(run, tmp_path / 'run')
+    last = json.loads((tmp_path / 'run' / 'samples.jsonl').read_text().splitlines()[-1])
     rows = [dict(last, step=1, domain='old'), last, dict(last, domain='digits', ids=last['ids'][3:])]
-    (tmp_path/'run'/'samples.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    sample.main([str(tmp_path/'run'), '--device=cpu', '--max_new_tokens=4', '--domains=True'])
+    (tmp_path / 'run' / 'samples.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    sample.main([str(tmp_path / 'run'), '--device=cpu', '--max_new_tokens=4', '--domains=True'])
     said, begun = capsys.readouterr().out, load_tokenizer(run).decode(last['ids'][1:25])
-    assert said.startswith(f'-- numbers '.ljust(40, '-') + '\n' + begun) and 'old' not in said
-    assert f'-- digits '.ljust(40, '-') + '\n' + begun[2:] in said
+    assert said.startswith('-- numbers '.ljust(40, '-') + '\n' + begun) and 'old' not in said
+    assert '-- digits '.ljust(40, '-') + '\n' + begun[2:] in said
     for words in (['--domains=True', '--start=7'], ['--start_file=x', '--start=7']):
-        with pytest.raises(SystemExit): sample.main([run, *words])
+        with pytest.raises(SystemExit):
+            sample.main([run, *words])
         assert capsys.readouterr().err == 'only one of start, start_file and domains can be given\n'
 
 
 def test_stop_twice_is_refused(run, capsys):
-    with pytest.raises(SystemExit) as stopped: sample.main([run, '--stop', 'a', '--stop=b'])
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([run, '--stop', 'a', '--stop=b'])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == 'stop takes all its texts at once, --stop A B, got --stop twice\n'
 
 
 def dictated(monkeypatch, rows: list[list[int]]) -> tuple[list[int], list[int]]:
-    "Let `generate` yield these ids: the rows it was asked for each time, and a list that grows with each step."
+    """Let `generate` yield these ids: the rows it was asked for each time, and a list that grows with each
+    step.
+    """
     batches, steps = [], []
+
     def stub(model, idx, n, *args):
         batches.append(len(idx))
-        for ids in zip(*rows[sum(batches) - len(idx):sum(batches)]):
+        for ids in zip(*rows[sum(batches) - len(idx) : sum(batches)]):
             steps.append(len(steps))
             yield Step(torch.tensor(ids), ())
+
     monkeypatch.setattr(sample, 'generate', stub)
     return batches, steps
 
 
 @pytest.fixture(scope='module')
-def loaded(run): return sample.load(run, 'cpu')
+def loaded(run):
+    return sample.load(run, 'cpu')
 
 
 def all_texts(loaded, **knobs) -> list[str]:
@@ -240,14 +288,15 @@ def test_rows_are_read_one_after_the_other_and_no_further_than_needed(monkeypatc
     model, tokenizer = loaded
     reader = texts(model, tokenizer, prompt(tokenizer, ''), Sampling(num_samples=3, stop=('.',)))
     first = next(reader)
-    assert next(first) == 'a' and len(steps) == 1                                   # seen as it is written
+    assert next(first) == 'a' and len(steps) == 1  # seen as it is written
     assert ''.join(first) == 'b' and len(steps) == 3
-    assert ''.join(next(reader)) == 'abcd' and len(steps) == 5                      # three were there already
+    assert ''.join(next(reader)) == 'abcd' and len(steps) == 5  # three were there already
     assert ''.join(next(reader)) == '' and len(steps) == 5 and next(reader, None) is None
     assert batches == [3]
     dictated(monkeypatch, [list(b'ab'), list(b'cd'), list(b'ef')])
     reader = texts(model, tokenizer, prompt(tokenizer, ''), Sampling(num_samples=3))
-    assert [''.join(pieces) for pieces in reversed(list(reader))] == ['ef', 'cd', 'ab']   # whenever they are read
+    # whenever they are read
+    assert [''.join(pieces) for pieces in reversed(list(reader))] == ['ef', 'cd', 'ab']
 
 
 def test_rows_that_compete_go_one_at_a_time(monkeypatch, loaded):
@@ -267,11 +316,13 @@ def test_the_end_of_a_document(monkeypatch, loaded):
     dictated(monkeypatch, [list('spelt <|endoftext|> out'.encode())])
     assert all_texts(loaded, stop=('<|endoftext|>',)) == ['spelt ']
     dictated(monkeypatch, rows[1:])
-    assert all_texts(loaded, stop=('→',)) == ['é']                                  # of three tokens
+    assert all_texts(loaded, stop=('→',)) == ['é']  # of three tokens
 
 
 def test_the_command_stops(say):
-    def both(*words: str): return say('--seed=5', '--num_samples=2', *words).split('\n' + '-' * 40 + '\n')
+    def both(*words: str):
+        return say('--seed=5', '--num_samples=2', *words).split('\n' + '-' * 40 + '\n')
+
     first, _ = both()
     stop = first[8:10].replace('\\', r'\\')
     assert both('--stop', stop, 'never said')[0] == first.split(first[8:10])[0]

@@ -1,4 +1,7 @@
-"""Weights in and out: every kind of checkpoint by one door, folders that plain transformers loads, dense models as experts."""
+"""Weights in and out: every kind of checkpoint by one door, folders that plain transformers loads, dense
+models as experts.
+"""
+
 import json
 import os
 import pickle
@@ -26,29 +29,50 @@ from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
 from nanomoe.presets import PRESETS
 from nanomoe.tokenizer import END, WORDS, load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
 from nanomoe.model import GPT, n_params
-from nanomoe.huggingface import (GPT2_VOCABULARY, architecture, from_gpt2, from_qwen3, hf_bpe, hf_config,
-                                 hf_tokenizer, qwen3_names, to_qwen3, vocabulary)
+from nanomoe.huggingface import (
+    GPT2_VOCABULARY,
+    architecture,
+    from_qwen3,
+    hf_bpe,
+    hf_config,
+    hf_tokenizer,
+    qwen3_names,
+    to_qwen3,
+    vocabulary,
+)
 from nanomoe.pretrained import export_hf, initial_weights, load_model, tokenizer_of
 from nanomoe.upcycle import upcycle
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
-TEXT = ['The cat sat on the mat, the cat sat.', "def f(x):\n    return x['é'] + 12345\n", 'Ünïcödé 日本語 😀 \t\n\n  x', "it's 3.14"]
+TEXT = [
+    'The cat sat on the mat, the cat sat.',
+    "def f(x):\n    return x['é'] + 12345\n",
+    'Ünïcödé 日本語 😀 \t\n\n  x',
+    "it's 3.14",
+]
 
 ROTARY = dict(positions='rotary', norm='rmsnorm', activation='swiglu', qk_norm=True)
 SMALL = ModelConfig(block_size=64, n_layer=3, n_head=4, n_embd=32, vocab_size=310)
-MODELS = {'experts': replace(SMALL, **ROTARY, n_experts=8, top_k=2, expert_width=16, moe_every=1, n_kv_head=2, gates='chosen'),
-          'three of them, in every second layer': replace(SMALL, **ROTARY, n_experts=3, top_k=2, moe_every=2, gates='all'),
-          'dense': replace(SMALL, **ROTARY, expert_width=48),
-          'gpt2': replace(SMALL, bias=True, activation='gelu_tanh'),
-          'gpt2 without biases': replace(SMALL, expert_width=40)}
+MODELS = {
+    'experts': replace(
+        SMALL, **ROTARY, n_experts=8, top_k=2, expert_width=16, moe_every=1, n_kv_head=2, gates='chosen'
+    ),
+    'three of them, in every second layer': replace(
+        SMALL, **ROTARY, n_experts=3, top_k=2, moe_every=2, gates='all'
+    ),
+    'dense': replace(SMALL, **ROTARY, expert_width=48),
+    'gpt2': replace(SMALL, bias=True, activation='gelu_tanh'),
+    'gpt2 without biases': replace(SMALL, expert_width=40),
+}
 
 
 def drawn(cfg: ModelConfig, seed: int = 0) -> GPT:
     "A model in which every array matters: norms and biases random too."
     torch.manual_seed(seed)
     model = GPT(cfg).eval()
-    for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
     return model
 
 
@@ -60,7 +84,8 @@ def run_of(model: GPT, tokenizer, folder: Path) -> Path:
 
 
 @pytest.fixture(scope='module')
-def tokenizer(): return make_tokenizer('bpe', TEXT, 300)
+def tokenizer():
+    return make_tokenizer('bpe', TEXT, 300)
 
 
 @pytest.fixture(scope='module')
@@ -68,12 +93,18 @@ def exported(tokenizer, tmp_path_factory) -> dict[str, tuple[GPT, Path]]:
     "Each model, and its folder as the command line exports it."
     folder, made = tmp_path_factory.mktemp('exported'), {}
     for i, (name, cfg) in enumerate(MODELS.items()):
-        made[name] = drawn(cfg), folder/f'{i}-hf'
-        run = run_of(made[name][0], tokenizer, folder/f'{i}-run')
-        if i: assert export_hf(run, made[name][1]) < 1e-5
+        made[name] = drawn(cfg), folder / f'{i}-hf'
+        run = run_of(made[name][0], tokenizer, folder / f'{i}-run')
+        if i:
+            assert export_hf(run, made[name][1]) < 1e-5
         else:
-            done = subprocess.run([sys.executable, '-m', 'nanomoe.pretrained', 'export', '--to', 'hf', run, made[name][1]],
-                                  cwd=ROOT, env=OFFLINE, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, '-m', 'nanomoe.pretrained', 'export', '--to', 'hf', run, made[name][1]],
+                cwd=ROOT,
+                env=OFFLINE,
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0 and 'differ by at most' in done.stdout, done.stderr
             assert not done.stderr
     return made
@@ -91,8 +122,8 @@ for folder, out in zip(sys.argv[2::2], sys.argv[3::2]):
     ids = torch.tensor(tokenizer(texts[0])['input_ids'])[None, :40]
     with torch.no_grad(): logits = model(ids).logits
     written = model.generate(ids[:, :3], max_new_tokens=12, do_sample=False, eos_token_id=-1)
-    wild = model.generate(ids[:, :3], max_new_tokens=60, do_sample=True, temperature=100.0, top_k=0, eos_token_id=-1,
-                          num_return_sequences=4)
+    wild = model.generate(ids[:, :3], max_new_tokens=60, do_sample=True, temperature=100.0, top_k=0,
+                          eos_token_id=-1, num_return_sequences=4)
     np.savez(out, ids=ids, logits=logits, written=written, wild=wild, kind=type(model).__name__,
              tokens=json.dumps([tokenizer(text)['input_ids'] for text in texts]),
              texts=json.dumps([tokenizer.decode(tokenizer(text)['input_ids']) for text in texts]))
@@ -104,10 +135,15 @@ assert not [name for name in sys.modules if name.startswith('nanomoe')]
 def read(exported, tmp_path_factory) -> dict:
     "What a fresh process without nanomoe reads in each folder."
     folder = tmp_path_factory.mktemp('read')
-    files = {name: folder/f'{i}.npz' for i, name in enumerate(exported)}
+    files = {name: folder / f'{i}.npz' for i, name in enumerate(exported)}
     words = [str(word) for name, (_, made) in exported.items() for word in (made, files[name])]
-    done = subprocess.run([sys.executable, '-c', READER, json.dumps(TEXT), *words], cwd=folder, env=OFFLINE,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', READER, json.dumps(TEXT), *words],
+        cwd=folder,
+        env=OFFLINE,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return {name: dict(np.load(path)) for name, path in files.items()}
 
@@ -115,8 +151,12 @@ def read(exported, tmp_path_factory) -> dict:
 @pytest.mark.parametrize('name', MODELS)
 def test_plain_transformers_computes_the_same(name, exported, read, tokenizer):
     model, there = exported[name][0], read[name]
-    with torch.no_grad(): ours = model(torch.from_numpy(there['ids'])).logits
-    print(f'{name}: {there["kind"]}, logits up to {ours.abs().max():.2f} differ by {worst(ours, there["logits"]):.1e}')
+    with torch.no_grad():
+        ours = model(torch.from_numpy(there['ids'])).logits
+    print(
+        f'{name}: {there["kind"]}, logits up to {ours.abs().max():.2f} differ by '
+        f'{worst(ours, there["logits"]):.1e}'
+    )
     assert worst(ours, there['logits']) < 1e-5
     assert json.loads(str(there['tokens'])) == [tokenizer.encode_ordinary(text) for text in TEXT]
     assert json.loads(str(there['texts'])) == TEXT
@@ -127,7 +167,7 @@ def test_plain_transformers_writes_the_same(name, exported, read, tokenizer):
     model, ids = exported[name][0], torch.from_numpy(read[name]['ids'][:, :3])
     steps = sample.generate(model, ids, 12, temperature=0, n_vocab=tokenizer.n_vocab)
     assert read[name]['written'][0, 3:].tolist() == [step.ids.item() for step in steps]
-    assert read[name]['wild'].max() < tokenizer.n_vocab                 # ids that only fill up the vocabulary never come
+    assert read[name]['wild'].max() < tokenizer.n_vocab  # ids that only fill up the vocabulary never come
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -135,7 +175,8 @@ def test_there_and_back_is_bit_for_bit(name, exported, tokenizer):
     model, folder = exported[name]
     again = load_model(folder)
     assert again.cfg == model.cfg and vocabulary(tokenizer_of(folder)) == vocabulary(tokenizer)
-    for key, tensor in model.state_dict().items(): assert torch.equal(tensor, again.state_dict()[key]), key
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
 
 
 def test_a_wrong_weight_would_show(exported, read):
@@ -149,121 +190,196 @@ def test_a_wrong_weight_would_show(exported, read):
 
 def test_an_export_that_differs_is_not_published(exported, tmp_path, monkeypatch, tokenizer):
     "transformers has loaded what appears: with q and k swapped nothing does."
-    run = run_of(exported['experts'][0], tokenizer, tmp_path/'run')
+    run = run_of(exported['experts'][0], tokenizer, tmp_path / 'run')
     names = qwen3_names
+
     def swapped(cfg):
-        return {ours: [x.replace('gate_proj', '-').replace('up_proj', 'gate_proj').replace('-', 'up_proj') for x in theirs]
-                for ours, theirs in names(cfg).items()}
+        return {
+            ours: [
+                x.replace('gate_proj', '-').replace('up_proj', 'gate_proj').replace('-', 'up_proj')
+                for x in theirs
+            ]
+            for ours, theirs in names(cfg).items()
+        }
+
     monkeypatch.setattr(huggingface, 'qwen3_names', swapped)
-    with pytest.raises(RuntimeError, match='differ'): export_hf(run, tmp_path/'out')
+    with pytest.raises(RuntimeError, match='differ'):
+        export_hf(run, tmp_path / 'out')
     monkeypatch.undo()
     described = hf_config
-    def with_the_librarys_epsilon(*args):                               # the smallest mistake that we know of
+
+    def with_the_librarys_epsilon(*args):  # the smallest mistake that we know of
         config = described(*args)
         config.rms_norm_eps = 1e-6
         return config
+
     monkeypatch.setattr(pretrained, 'hf_config', with_the_librarys_epsilon)
-    usual = run_of(GPT(exported['experts'][0].cfg).eval(), tokenizer, tmp_path/'new')
-    with pytest.raises(RuntimeError, match='differ'): export_hf(usual, tmp_path/'out')
+    usual = run_of(GPT(exported['experts'][0].cfg).eval(), tokenizer, tmp_path / 'new')
+    with pytest.raises(RuntimeError, match='differ'):
+        export_hf(usual, tmp_path / 'out')
     assert {path.name for path in tmp_path.iterdir()} == {'run', 'new'}
 
 
 def test_only_an_earlier_export_is_replaced(exported, tmp_path, tokenizer):
-    run, out = run_of(exported['dense'][0], tokenizer, tmp_path/'run'), tmp_path/'out'
+    run, out = run_of(exported['dense'][0], tokenizer, tmp_path / 'run'), tmp_path / 'out'
     export_hf(run, out)
-    (out/'stale').touch()
+    (out / 'stale').touch()
     export_hf(run, out)
-    assert not (out/'stale').exists()
+    assert not (out / 'stale').exists()
     for folder in (run, tmp_path):
         before = sorted(folder.rglob('*'))
-        with pytest.raises(BadInput, match='holds something else than an earlier export'): export_hf(run, folder)
+        with pytest.raises(BadInput, match='holds something else than an earlier export'):
+            export_hf(run, folder)
         assert sorted(folder.rglob('*')) == before
 
 
 def test_modern_is_a_qwen3_moe_of_nano_moes_cost():
     cfg, _ = PRESETS['modern']
     assert architecture(cfg) == 'qwen3_moe'
-    with torch.device('meta'): assert n_params(GPT(cfg)) == (106_763_904, 32_446_080)
+    with torch.device('meta'):
+        assert n_params(GPT(cfg)) == (106_763_904, 32_446_080)
 
 
-NO_EQUAL = {'experts of GPT-2': (dict(n_experts=4), 'positions=rotary (here learned), norm=rmsnorm (here layernorm)'),
-            'rotary with layer norms': (ROTARY | dict(norm='layernorm'), 'its qwen3 it needs norm=rmsnorm (here layernorm)'),
-            'noisy router': (ROTARY | dict(n_experts=4, router='noisy'), 'router=softmax (here noisy)'),
-            'shared expert': (ROTARY | dict(n_experts=4, n_shared_experts=1), 'n_shared_experts=0 (here 1)'),
-            'queues': (ROTARY | dict(n_experts=4, eval_capacity_factor=2.0), 'eval_capacity_factor=None (here 2.0)'),
-            'bias in the choice': (ROTARY | dict(n_experts=4, balance='bias'), 'balance other than bias'),
-            'swiglu in GPT-2': (dict(activation='swiglu'), 'activation=gelu or gelu_tanh (here swiglu)'),
-            'shared keys in GPT-2': (dict(n_kv_head=2), 'n_kv_head=4 (here 2)')}
+NO_EQUAL = {
+    'experts of GPT-2': (dict(n_experts=4), 'positions=rotary (here learned), norm=rmsnorm (here layernorm)'),
+    'rotary with layer norms': (
+        ROTARY | dict(norm='layernorm'),
+        'its qwen3 it needs norm=rmsnorm (here layernorm)',
+    ),
+    'noisy router': (ROTARY | dict(n_experts=4, router='noisy'), 'router=softmax (here noisy)'),
+    'shared expert': (ROTARY | dict(n_experts=4, n_shared_experts=1), 'n_shared_experts=0 (here 1)'),
+    'queues': (ROTARY | dict(n_experts=4, eval_capacity_factor=2.0), 'eval_capacity_factor=None (here 2.0)'),
+    'bias in the choice': (ROTARY | dict(n_experts=4, balance='bias'), 'balance other than bias'),
+    'swiglu in GPT-2': (dict(activation='swiglu'), 'activation=gelu or gelu_tanh (here swiglu)'),
+    'shared keys in GPT-2': (dict(n_kv_head=2), 'n_kv_head=4 (here 2)'),
+}
 
 
 @pytest.mark.parametrize('name', NO_EQUAL)
 def test_what_has_no_equal_is_named(name):
     knobs, words = NO_EQUAL[name]
-    with pytest.raises(BadInput) as refused: architecture(replace(SMALL, **knobs))
+    with pytest.raises(BadInput) as refused:
+        architecture(replace(SMALL, **knobs))
     assert words in str(refused.value) and '\n' not in str(refused.value)
 
 
-@pytest.mark.parametrize('words, sentence', [
-    ('', 'say what pretrained is to do'), ('export {run}', 'say what to export'), ('send {run} {new}', 'there is no pretrained send'),
-    ('export --to gguf {run} {new}', 'gguf'), ('export out/nowhere {new}', 'out/nowhere holds no checkpoint'),
-    ('export {run} {run}', 'holds something else than an earlier export'),
-    ('export {pickled} {new}', 'is no file of arrays and plain values alone, and is not loaded'),
-    ('export {plain} {new}', 'has no equal in transformers; for its qwen3_moe it needs'),
-    ('export {run} {run}/meta.txt/new', 'cannot be written')])
+@pytest.mark.parametrize(
+    'words, sentence',
+    [
+        ('', 'say what pretrained is to do'),
+        ('export {run}', 'say what to export'),
+        ('send {run} {new}', 'there is no pretrained send'),
+        ('export --to gguf {run} {new}', 'gguf'),
+        ('export out/nowhere {new}', 'out/nowhere holds no checkpoint'),
+        ('export {run} {run}', 'holds something else than an earlier export'),
+        ('export {pickled} {new}', 'is no file of arrays and plain values alone, and is not loaded'),
+        ('export {plain} {new}', 'has no equal in transformers; for its qwen3_moe it needs'),
+        ('export {run} {run}/meta.txt/new', 'cannot be written'),
+    ],
+)
 def test_bad_words_get_a_sentence(words, sentence, exported, tokenizer, tmp_path, capsys):
-    run = run_of(exported['dense'][0], tokenizer, tmp_path/'run')
-    plain = run_of(GPT(replace(SMALL, n_experts=2)), tokenizer, tmp_path/'plain')
-    (run/'meta.txt').touch()
-    (tmp_path/'pickled').write_bytes(pickle.dumps(Path()))
-    argv = words.format(run=run, plain=plain, new=tmp_path/'new', pickled=tmp_path/'pickled').split()
-    with pytest.raises(SystemExit) as stopped: pretrained.main(argv)
+    run = run_of(exported['dense'][0], tokenizer, tmp_path / 'run')
+    plain = run_of(GPT(replace(SMALL, n_experts=2)), tokenizer, tmp_path / 'plain')
+    (run / 'meta.txt').touch()
+    (tmp_path / 'pickled').write_bytes(pickle.dumps(Path()))
+    argv = words.format(run=run, plain=plain, new=tmp_path / 'new', pickled=tmp_path / 'pickled').split()
+    with pytest.raises(SystemExit) as stopped:
+        pretrained.main(argv)
     said = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and sentence in said and '\n' not in said and not (tmp_path/'new').exists()
+    assert (
+        stopped.value.code == 2 and sentence in said and '\n' not in said and not (tmp_path / 'new').exists()
+    )
 
 
 # ---- tokenizers
 
-PATTERNS = {'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-            'cl100k': r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-            'ours': WORDS}
+PATTERNS = {
+    'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    'cl100k': r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| "
+    r"?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    'ours': WORDS,
+}
 RANKS = train_bpe(TEXT * 3 + ['1234 5678 12 123 99999', "\n\n\n    \t\t'LL we'll"], 400)
-ENCODINGS = {name: tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=RANKS, special_tokens={END: len(RANKS)})
-             for name, pattern in PATTERNS.items()}
+ENCODINGS = {
+    name: tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=RANKS, special_tokens={END: len(RANKS)})
+    for name, pattern in PATTERNS.items()
+}
 ENCODINGS |= {'bytes': make_tokenizer('bytes', [], 0), 'chars': make_tokenizer('chars', TEXT, 0)}
-ENCODINGS['with a gap'] = tiktoken.Encoding('gap', pat_str=WORDS, mergeable_ranks=RANKS,
-                                            special_tokens={END: len(RANKS), '<|fim|>': len(RANKS) + 5})
+ENCODINGS['with a gap'] = tiktoken.Encoding(
+    'gap', pat_str=WORDS, mergeable_ranks=RANKS, special_tokens={END: len(RANKS), '<|fim|>': len(RANKS) + 5}
+)
 
 
 @pytest.fixture(scope='module')
 def theirs(tmp_path_factory) -> dict:
     "Each encoding as AutoTokenizer reads it back."
     folder = tmp_path_factory.mktemp('tokenizers')
-    for name, encoding in ENCODINGS.items(): hf_tokenizer(encoding, 10**6).save_pretrained(folder/name)
-    return {name: AutoTokenizer.from_pretrained(folder/name) for name in ENCODINGS}
+    for name, encoding in ENCODINGS.items():
+        hf_tokenizer(encoding, 10**6).save_pretrained(folder / name)
+    return {name: AutoTokenizer.from_pretrained(folder / name) for name in ENCODINGS}
 
 
-WORDS_AND_ALL = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(
-    ["it's", "WE'LL", ' the', 'cat', '  ', '\n', '\n\n', '\r\n', '\t', '1234567', '12', ' 9', 'é', 'é', '日本', '😀', '👨‍👩‍👧', '<', '|', END,
-     '\u2028', '\x85', '\xa0', '\u3000', '()', '...', '"']), max_size=14).map(''.join))
+WORDS_AND_ALL = st.one_of(
+    st.text(max_size=40),
+    st.lists(
+        st.sampled_from(
+            [
+                "it's",
+                "WE'LL",
+                ' the',
+                'cat',
+                '  ',
+                '\n',
+                '\n\n',
+                '\r\n',
+                '\t',
+                '1234567',
+                '12',
+                ' 9',
+                'é',
+                'é',
+                '日本',
+                '😀',
+                '👨‍👩‍👧',
+                '<',
+                '|',
+                END,
+                '\u2028',
+                '\x85',
+                '\xa0',
+                '\u3000',
+                '()',
+                '...',
+                '"',
+            ]
+        ),
+        max_size=14,
+    ).map(''.join),
+)
 
 
 @pytest.mark.parametrize('name', ENCODINGS)
 def test_every_text_has_the_same_tokens(name, theirs):
     encoding, known = ENCODINGS[name], {word for word in ENCODINGS[name]._mergeable_ranks}
+
     @settings(max_examples=150, deadline=None)
     @given(WORDS_AND_ALL)
     def same(text):
-        if name == 'chars': text = ''.join(ch for ch in text if ch.encode() in known)
+        if name == 'chars':
+            text = ''.join(ch for ch in text if ch.encode() in known)
         ids = theirs[name](text)['input_ids']
         assert ids == encoding.encode(text, allowed_special='all') and theirs[name].decode(ids) == text
+
     same()
     assert theirs[name].eos_token_id == encoding.eot_token and theirs[name].eos_token == END
 
 
 # ---- in: checkpoints of nanoMoE and of nanoGPT
 
+
 @pytest.fixture(params=FIXTURES, ids=lambda p: p.stem)
-def original(request): return Original(request.param)
+def original(request):
+    return Original(request.param)
 
 
 def ckpt(path: Path, weights: dict, args: dict) -> Path:
@@ -272,18 +388,29 @@ def ckpt(path: Path, weights: dict, args: dict) -> Path:
     optimizer = torch.optim.AdamW([p])
     p.sum().backward()
     optimizer.step()
-    torch.save(dict(model=weights, optimizer=optimizer.state_dict(), model_args=args, iter_num=2000,
-                    best_val_loss=torch.tensor(3.3), config=dict(out_dir='out', learning_rate=6e-4, compile=True)), path)
+    torch.save(
+        dict(
+            model=weights,
+            optimizer=optimizer.state_dict(),
+            model_args=args,
+            iter_num=2000,
+            best_val_loss=torch.tensor(3.3),
+            config=dict(out_dir='out', learning_rate=6e-4, compile=True),
+        ),
+        path,
+    )
     return path
 
 
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.'])
 def test_the_originals_checkpoint(original, prefix, tmp_path):
     weights = {prefix + name[2:]: original[name] for name in original.numbers if name.startswith('w/')}
-    weights[f'{prefix}transformer.h.0.attn.bias'] = torch.ones(1, 1, 4, 4).tril()        # its mask, without flash attention
-    model = load_model(ckpt(tmp_path/'ckpt.pt', weights, original.config)).eval()
+    weights[f'{prefix}transformer.h.0.attn.bias'] = torch.ones(
+        1, 1, 4, 4
+    ).tril()  # its mask, without flash attention
+    model = load_model(ckpt(tmp_path / 'ckpt.pt', weights, original.config)).eval()
     assert worst(model(original.x, original.y).logits, original['eval/logits']) < 1e-5
-    assert initial_weights(str(tmp_path/'ckpt.pt'), model.cfg).cfg == model.cfg
+    assert initial_weights(str(tmp_path / 'ckpt.pt'), model.cfg).cfg == model.cfg
 
 
 @pytest.mark.parametrize('bias', [False, True])
@@ -291,116 +418,179 @@ def test_nanogpts_checkpoint(bias, tmp_path):
     model = drawn(replace(SMALL, bias=bias, dropout=0.1))
     weights = {f'transformer.{name}': tensor for name, tensor in model.state_dict().items()}
     args = dict(n_layer=3, n_head=4, n_embd=32, block_size=64, bias=bias, vocab_size=310, dropout=0.1)
-    path = ckpt(tmp_path/'ckpt.pt', weights | {'lm_head.weight': model.wte.weight}, args)
+    path = ckpt(tmp_path / 'ckpt.pt', weights | {'lm_head.weight': model.wte.weight}, args)
     again = load_model(path)
     assert again.cfg == model.cfg
-    for name, tensor in model.state_dict().items(): assert torch.equal(tensor, again.state_dict()[name])
-    with pytest.raises(BadInput, match="does not say what its token ids stand for"): tokenizer_of(path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    with pytest.raises(BadInput, match="does not say what its token ids stand for"):
+        tokenizer_of(path)
     del weights['transformer.h.1.ln_1.weight']
-    with pytest.raises(BadInput, match=r'the weights lack h.1.ln_1.weight'): load_model(ckpt(path, weights, args))
+    with pytest.raises(BadInput, match=r'the weights lack h.1.ln_1.weight'):
+        load_model(ckpt(path, weights, args))
 
 
 class Attack:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return (open, (self.path, 'w'))
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, 'w'))
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
-    bait, path = tmp_path/'bait', tmp_path/'ckpt.pt'
+    bait, path = tmp_path / 'bait', tmp_path / 'ckpt.pt'
     torch.save(dict(model={}, model_args=Attack(str(bait))), path)
-    with pytest.raises(BadInput, match='is no file of arrays and plain values alone, and is not loaded'): load_model(path)
+    with pytest.raises(BadInput, match='is no file of arrays and plain values alone, and is not loaded'):
+        load_model(path)
     assert not bait.exists()
-    torch.load(path, weights_only=False)                                # what it would have done
+    torch.load(path, weights_only=False)  # what it would have done
     assert bait.exists()
 
 
 @pytest.mark.parametrize('content', [b'', b'PK\x03\x04', b'no checkpoint', pickle.dumps({'model': 1})])
 def test_files_of_others_get_a_sentence(content, tmp_path):
-    (tmp_path/'ckpt.pt').write_bytes(content)
-    with pytest.raises(BadInput, match='is not loaded'): load_model(tmp_path/'ckpt.pt')
+    (tmp_path / 'ckpt.pt').write_bytes(content)
+    with pytest.raises(BadInput, match='is not loaded'):
+        load_model(tmp_path / 'ckpt.pt')
 
 
-@pytest.mark.parametrize('held', [{}, [1], {'model_args': {}}, {'model_args': dict(n_layer='three'), 'model': {}},
-                                  {'model_args': dict(block_size=4, vocab_size=4, n_layer=1, n_head=1, n_embd=4, dropout=0, bias='x'), 'model': []}])
+@pytest.mark.parametrize(
+    'held',
+    [
+        {},
+        [1],
+        {'model_args': {}},
+        {'model_args': dict(n_layer='three'), 'model': {}},
+        {
+            'model_args': dict(
+                block_size=4, vocab_size=4, n_layer=1, n_head=1, n_embd=4, dropout=0, bias='x'
+            ),
+            'model': [],
+        },
+    ],
+)
 def test_checkpoints_without_a_model_get_a_sentence(held, tmp_path):
-    torch.save(held, tmp_path/'ckpt.pt')
-    with pytest.raises(BadInput) as refused: load_model(tmp_path/'ckpt.pt')
+    torch.save(held, tmp_path / 'ckpt.pt')
+    with pytest.raises(BadInput) as refused:
+        load_model(tmp_path / 'ckpt.pt')
     assert '\n' not in str(refused.value) and 'ckpt.pt' in str(refused.value)
 
 
 # ---- in: folders that transformers has written
 
-TINY = dict(vocab_size=97, n_positions=32, n_embd=48, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None)
+TINY = dict(
+    vocab_size=97, n_positions=32, n_embd=48, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
+)
 
 
 def gpt2_folder(folder: Path, **knobs) -> tuple[GPT2LMHeadModel, Path]:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**TINY | knobs)).eval()
-    for p in model.parameters(): torch.nn.init.normal_(p, std=0.3)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
     model.save_pretrained(folder, max_shard_size='50KB')
     return model, folder
 
 
-@pytest.mark.parametrize('knobs', [{}, dict(activation_function='gelu'), dict(n_inner=100), dict(n_embd=32, n_layer=3)])
+@pytest.mark.parametrize(
+    'knobs', [{}, dict(activation_function='gelu'), dict(n_inner=100), dict(n_embd=32, n_layer=3)]
+)
 def test_a_gpt2_of_any_size(knobs, tmp_path):
-    model, folder = gpt2_folder(tmp_path/'gpt2', **knobs)
+    model, folder = gpt2_folder(tmp_path / 'gpt2', **knobs)
     ours, x = load_model(folder).eval(), torch.arange(32)[None] * 3
     assert worst(ours(x).logits, model(x).logits) < 1e-5
     short = initial_weights(str(folder), replace(ours.cfg, block_size=16)).eval()
     assert worst(short(x[:, :16]).logits, model(x[:, :16]).logits) < 1e-5
-    assert len(list(folder.glob('model*.safetensors'))) > 1             # the weights came in parts
+    assert len(list(folder.glob('model*.safetensors'))) > 1  # the weights came in parts
 
 
-@pytest.mark.parametrize('knobs, words', [
-    (dict(activation_function='relu'), 'activation_function must be one of gelu_new, gelu_pytorch_tanh, gelu, got relu'),
-    (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx must be False'),
-    (dict(reorder_and_upcast_attn=True), 'reorder_and_upcast_attn must be False'),
-    (dict(tie_word_embeddings=False), 'tie_word_embeddings must be True'),
-    (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon must be 1e-05')])
+@pytest.mark.parametrize(
+    'knobs, words',
+    [
+        (
+            dict(activation_function='relu'),
+            'activation_function must be one of gelu_new, gelu_pytorch_tanh, gelu, got relu',
+        ),
+        (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx must be False'),
+        (dict(reorder_and_upcast_attn=True), 'reorder_and_upcast_attn must be False'),
+        (dict(tie_word_embeddings=False), 'tie_word_embeddings must be True'),
+        (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon must be 1e-05'),
+    ],
+)
 def test_a_gpt2_that_ours_is_not(knobs, words, tmp_path):
-    with pytest.raises(BadInput) as refused: load_model(gpt2_folder(tmp_path/'gpt2', **knobs)[1])
+    with pytest.raises(BadInput) as refused:
+        load_model(gpt2_folder(tmp_path / 'gpt2', **knobs)[1])
     assert words in str(refused.value) and 'cannot be loaded' in str(refused.value)
 
 
-@pytest.mark.parametrize('knobs, words', [
-    (dict(rms_norm_eps=1e-6), 'rms_norm_eps must be 1e-05'), (dict(tie_word_embeddings=False), 'tie_word_embeddings must be True'),
-    (dict(rope_theta=1e6), 'rope_theta must be 10000.0'), (dict(head_dim=64), 'head_dim must be 8'),
-    (dict(mlp_only_layers=[0]), 'mlp_only_layers must leave every n-th layer from the first, got [0]'),
-    (dict(mlp_only_layers=[1], intermediate_size=50), 'intermediate_size must be 128, as no knob of ours stands for it, got 50'),
-    (dict(attention_bias=True), 'attention_bias must be False'), (dict(hidden_act='gelu'), 'hidden_act must be silu')])
+@pytest.mark.parametrize(
+    'knobs, words',
+    [
+        (dict(rms_norm_eps=1e-6), 'rms_norm_eps must be 1e-05'),
+        (dict(tie_word_embeddings=False), 'tie_word_embeddings must be True'),
+        (dict(rope_theta=1e6), 'rope_theta must be 10000.0'),
+        (dict(head_dim=64), 'head_dim must be 8'),
+        (dict(mlp_only_layers=[0]), 'mlp_only_layers must leave every n-th layer from the first, got [0]'),
+        (
+            dict(mlp_only_layers=[1], intermediate_size=50),
+            'intermediate_size must be 128, as no knob of ours stands for it, got 50',
+        ),
+        (dict(attention_bias=True), 'attention_bias must be False'),
+        (dict(hidden_act='gelu'), 'hidden_act must be silu'),
+    ],
+)
 def test_a_qwen3_that_ours_is_not(knobs, words, tmp_path):
-    usual = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=10_000.0,
-                 intermediate_size=128, tie_word_embeddings=True)
+    usual = dict(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+        intermediate_size=128,
+        tie_word_embeddings=True,
+    )
     Qwen3MoeConfig(**usual | knobs).save_pretrained(tmp_path)
-    with pytest.raises(BadInput) as refused: load_model(tmp_path)
+    with pytest.raises(BadInput) as refused:
+        load_model(tmp_path)
     assert words in str(refused.value)
 
 
 def test_folders_that_hold_no_model_of_ours(tmp_path, exported):
-    LlamaConfig().save_pretrained(tmp_path/'llama')
-    with pytest.raises(BadInput, match='model_type must be gpt2, qwen3 or qwen3_moe, got llama'): load_model(tmp_path/'llama')
-    GPT2Config(**TINY).save_pretrained(tmp_path/'empty')
-    with pytest.raises(BadInput, match='there is no model.*safetensors in it'): load_model(tmp_path/'empty')
-    (tmp_path/'empty'/'model.safetensors').write_bytes(b'nothing')
-    with pytest.raises(BadInput, match='its weights are damaged'): load_model(tmp_path/'empty')
-    (tmp_path/'other').mkdir()
-    (tmp_path/'other'/'config.json').write_text('{"model_type": "mystery"}')
-    with pytest.raises(BadInput, match='holds no model that can be read'): load_model(tmp_path/'other')
-    with pytest.raises(BadInput, match='they are not GPT-2'): tokenizer_of(gpt2_folder(tmp_path/'gpt2')[1])
+    LlamaConfig().save_pretrained(tmp_path / 'llama')
+    with pytest.raises(BadInput, match='model_type must be gpt2, qwen3 or qwen3_moe, got llama'):
+        load_model(tmp_path / 'llama')
+    GPT2Config(**TINY).save_pretrained(tmp_path / 'empty')
+    with pytest.raises(BadInput, match='there is no model.*safetensors in it'):
+        load_model(tmp_path / 'empty')
+    (tmp_path / 'empty' / 'model.safetensors').write_bytes(b'nothing')
+    with pytest.raises(BadInput, match='its weights are damaged'):
+        load_model(tmp_path / 'empty')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'config.json').write_text('{"model_type": "mystery"}')
+    with pytest.raises(BadInput, match='holds no model that can be read'):
+        load_model(tmp_path / 'other')
+    with pytest.raises(BadInput, match='they are not GPT-2'):
+        tokenizer_of(gpt2_folder(tmp_path / 'gpt2')[1])
 
 
 def test_a_missing_or_left_over_weight_is_named(exported, tmp_path):
     tensors = to_qwen3(exported['experts'][0])
     cfg = exported['experts'][0].cfg
-    for change, words in (({'model.norm.weight': None}, 'lack model.norm.weight'), ({'model.extra': torch.ones(1)}, 'hold model.extra')):
+    for change, words in (
+        ({'model.norm.weight': None}, 'lack model.norm.weight'),
+        ({'model.extra': torch.ones(1)}, 'hold model.extra'),
+    ):
         held = {name: t for name, t in (tensors | change).items() if t is not None}
-        with pytest.raises(BadInput, match=words): from_qwen3(held, cfg)
+        with pytest.raises(BadInput, match=words):
+            from_qwen3(held, cfg)
 
 
 def test_samples_from_every_kind(exported, tokenizer, tmp_path, capsys):
-    run, folder = run_of(exported['dense'][0], tokenizer, tmp_path/'run'), exported['dense'][1]
+    run, folder = run_of(exported['dense'][0], tokenizer, tmp_path / 'run'), exported['dense'][1]
     texts = []
-    for where in (run, run/'step-00000007', folder):
+    for where in (run, run / 'step-00000007', folder):
         sample.main([str(where), '--start=The cat', '--max_new_tokens=20'])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2] and texts[0].startswith('The cat')
@@ -408,11 +598,14 @@ def test_samples_from_every_kind(exported, tokenizer, tmp_path, capsys):
 
 # ---- training goes on from all of them
 
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
     "A dense run on the numbers, four steps long, in GPT-2's shape."
-    folder = tmp_path_factory.mktemp('trained')/'dense'
-    list(train.train(*parse(['tiny', '--n_experts=1', '--max_iters=4', '--device=cpu', f'--out_dir={folder}'])))
+    folder = tmp_path_factory.mktemp('trained') / 'dense'
+    list(
+        train.train(*parse(['tiny', '--n_experts=1', '--max_iters=4', '--device=cpu', f'--out_dir={folder}']))
+    )
     return folder
 
 
@@ -424,7 +617,7 @@ def held_out(*words) -> float:
 
 def test_training_starts_from_every_kind(trained, tmp_path):
     loss = held_out('--n_experts=1', f'--init_from={trained}')
-    export_hf(trained, tmp_path/'hf')
+    export_hf(trained, tmp_path / 'hf')
     assert held_out('--n_experts=1', f'--init_from={tmp_path}/hf') == loss
     assert held_out('--n_experts=1', f'--init_from={trained}/step-00000004') == loss
 
@@ -432,9 +625,14 @@ def test_training_starts_from_every_kind(trained, tmp_path):
 def test_training_starts_from_dense_weights(trained):
     loss = held_out('--n_experts=1', f'--init_from={trained}')
     chosen = held_out('--gates=chosen', f'--init_from={trained}')
-    sliced = held_out('--gates=chosen', '--n_experts=16', '--top_k=8', '--expert_width=32', f'--init_from={trained}')
+    sliced = held_out(
+        '--gates=chosen', '--n_experts=16', '--top_k=8', '--expert_width=32', f'--init_from={trained}'
+    )
     undecided = held_out(f'--init_from={trained}')
-    print(f'dense {loss:.7f}, copies {chosen - loss:+.1e}, slices {sliced - loss:+.1e}, gates=all {undecided - loss:+.1e}')
+    print(
+        f'dense {loss:.7f}, copies {chosen - loss:+.1e}, slices {sliced - loss:+.1e}, gates=all '
+        f'{undecided - loss:+.1e}'
+    )
     assert max(abs(chosen - loss), abs(sliced - loss)) < 1e-6 and abs(undecided - loss) < 1e-4
 
 
@@ -445,19 +643,29 @@ def test_training_refuses_other_token_ids(trained, exported):
 
 # ---- upcycling
 
-WAYS = {'copies': dict(n_experts=8), 'one of them': dict(n_experts=8, top_k=1, router='hash', gates='all'),
-        'halves': dict(n_experts=8, top_k=4, expert_width=64),
-        'quarters': dict(n_experts=16, top_k=8, expert_width=32), 'eighths': dict(n_experts=64, top_k=8, expert_width=16),
-        'sigmoid': dict(n_experts=8, router='sigmoid'), 'all experts': dict(n_experts=6, top_k=6, expert_width=64),
-        'every second layer': dict(n_experts=8, moe_every=2)}
-DENSE = {'gelu': SMALL, 'gelu_tanh with biases': replace(SMALL, bias=True, activation='gelu_tanh'), 'modern': replace(SMALL, **ROTARY)}
+WAYS = {
+    'copies': dict(n_experts=8),
+    'one of them': dict(n_experts=8, top_k=1, router='hash', gates='all'),
+    'halves': dict(n_experts=8, top_k=4, expert_width=64),
+    'quarters': dict(n_experts=16, top_k=8, expert_width=32),
+    'eighths': dict(n_experts=64, top_k=8, expert_width=16),
+    'sigmoid': dict(n_experts=8, router='sigmoid'),
+    'all experts': dict(n_experts=6, top_k=6, expert_width=64),
+    'every second layer': dict(n_experts=8, moe_every=2),
+}
+DENSE = {
+    'gelu': SMALL,
+    'gelu_tanh with biases': replace(SMALL, bias=True, activation='gelu_tanh'),
+    'modern': replace(SMALL, **ROTARY),
+}
 
 
 def losses(dense: GPT, cfg: ModelConfig, n: int = 16) -> tuple[float, float, GPT]:
     "The dense model's loss, that of the upcycled one, and this one."
     x = torch.randint(dense.cfg.vocab_size, (n, 65), generator=torch.Generator().manual_seed(1))
     sparse = upcycle(dense, cfg).eval()
-    with torch.no_grad(): return *(model(x[:, :-1], x[:, 1:]).losses.ce.item() for model in (dense, sparse)), sparse
+    with torch.no_grad():
+        return *(model(x[:, :-1], x[:, 1:]).losses.ce.item() for model in (dense, sparse)), sparse
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -473,7 +681,9 @@ def test_experts_start_where_the_dense_model_stands(kind, way):
 def test_gates_that_do_not_sum_to_one_start_close(router):
     dense = drawn(SMALL)
     for way in ('copies', 'quarters') if router == 'softmax' else ('copies',):
-        before, after, _ = losses(dense, replace(SMALL, gates='all', moe_every=1, **WAYS[way] | dict(router=router)))
+        before, after, _ = losses(
+            dense, replace(SMALL, gates='all', moe_every=1, **WAYS[way] | dict(router=router))
+        )
         assert abs(after - before) < 1e-3
 
 
@@ -483,35 +693,53 @@ def test_slices_come_together(way):
     dense = drawn(SMALL)
     cfg = replace(SMALL, gates='chosen', moe_every=1, **WAYS[way])
     router, G = upcycle(dense, cfg).h[0].mlp.router, 128 // cfg.expert_width
-    with torch.no_grad(): ids = router(torch.randn(100_000, 32)).expert_ids
-    mlps = ids.sort(-1).values.view(len(ids), -1, G)                    # (N, K / G, G)
+    with torch.no_grad():
+        ids = router(torch.randn(100_000, 32)).expert_ids
+    mlps = ids.sort(-1).values.view(len(ids), -1, G)  # (N, K / G, G)
     assert (mlps[..., 1:] == mlps[..., :-1] + 1).all() and (mlps[..., 0] % G == 0).all()
 
 
 def test_a_router_of_copies_learns_nothing_at_first():
-    "Equal experts: cross-entropy does not care who is chosen. The experts' gradients differ, as their tokens do."
+    """Equal experts: cross-entropy does not care who is chosen.
+
+    The experts' gradients differ, as their tokens do.
+    """
     dense, x = drawn(SMALL), torch.randint(310, (4, 65))
+
     def gradients(**knobs):
         model = upcycle(dense, replace(SMALL, moe_every=1, gates='chosen', **knobs)).double()
         model(x[:, :-1], x[:, 1:]).losses.ce.backward()
         mlp = model.h[1].mlp
         return mlp.router.score.weight.grad.abs().max().item(), mlp.experts.c_fc.grad
+
     copies, experts = gradients(**WAYS['copies'])
     slices, _ = gradients(**WAYS['quarters'])
     assert copies < 1e-12 < 1e-5 < slices
     assert (experts[0] - experts[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize('knobs, words', [
-    (dict(n_shared_experts=1), 'n_shared_experts must be 0'), (dict(expert_width=48), "expert_width must divide the dense model's 128, got 48"),
-    (dict(expert_width=256), "expert_width must divide the dense model's 128, got 256"),
-    (dict(expert_width=32), 'top_k must be a multiple of 4'), (dict(expert_width=32, n_experts=6, top_k=4), 'n_experts must be a multiple of 4'),
-    (dict(activation='gelu_tanh'), 'activation must be gelu as in the dense model'), (dict(n_head=2), 'n_head must be 4'),
-    (dict(norm='rmsnorm'), 'norm must be layernorm'), (dict(router='expert_choice', capacity_factor=2.0, eval_capacity_factor=2.0), 'let tokens choose'),
-    (dict(expert_width=64, top_k=2, router='sigmoid'), 'slices need router=softmax'), (dict(bias=True), 'bias must be False'),
-    (dict(n_embd=48), 'n_embd must be 32'), (dict(n_layer=4), 'n_layer must be 3'), (dict(qk_norm=True), 'the weights lack h.0.attn.k_norm.weight')])
+@pytest.mark.parametrize(
+    'knobs, words',
+    [
+        (dict(n_shared_experts=1), 'n_shared_experts must be 0'),
+        (dict(expert_width=48), "expert_width must divide the dense model's 128, got 48"),
+        (dict(expert_width=256), "expert_width must divide the dense model's 128, got 256"),
+        (dict(expert_width=32), 'top_k must be a multiple of 4'),
+        (dict(expert_width=32, n_experts=6, top_k=4), 'n_experts must be a multiple of 4'),
+        (dict(activation='gelu_tanh'), 'activation must be gelu as in the dense model'),
+        (dict(n_head=2), 'n_head must be 4'),
+        (dict(norm='rmsnorm'), 'norm must be layernorm'),
+        (dict(router='expert_choice', capacity_factor=2.0, eval_capacity_factor=2.0), 'let tokens choose'),
+        (dict(expert_width=64, top_k=2, router='sigmoid'), 'slices need router=softmax'),
+        (dict(bias=True), 'bias must be False'),
+        (dict(n_embd=48), 'n_embd must be 32'),
+        (dict(n_layer=4), 'n_layer must be 3'),
+        (dict(qk_norm=True), 'the weights lack h.0.attn.k_norm.weight'),
+    ],
+)
 def test_what_cannot_become_experts_is_named(knobs, words):
-    with pytest.raises(BadInput) as refused: upcycle(drawn(SMALL), replace(SMALL, **dict(n_experts=8, moe_every=1) | knobs))
+    with pytest.raises(BadInput) as refused:
+        upcycle(drawn(SMALL), replace(SMALL, **dict(n_experts=8, moe_every=1) | knobs))
     assert words in str(refused.value) and '\n' not in str(refused.value)
 
 
@@ -523,140 +751,239 @@ def test_narrow_layers_without_experts_are_refused():
 
 # ---- an evaluation that others trust
 
-@pytest.mark.skipif(not find_spec('lm_eval') or not find_spec('accelerate'), reason='lm-eval is not installed')
+
+@pytest.mark.skipif(
+    not find_spec('lm_eval') or not find_spec('accelerate'), reason='lm-eval is not installed'
+)
 def test_lm_eval_sees_our_log_probabilities(exported, tokenizer, tmp_path):
     rows = [dict(question=f'the cat sat {n} times:', choices=[f'{n}', f'{n + 1}'], label=0) for n in range(6)]
-    (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    (tmp_path/'cats.yaml').write_text(json.dumps(dict(
-        task='cats', dataset_path='json', dataset_kwargs=dict(data_files=dict(test=str(tmp_path/'rows.jsonl'))), test_split='test',
-        output_type='multiple_choice', doc_to_text='{{question}}', doc_to_choice='choices', doc_to_target='label',
-        metric_list=[dict(metric='acc', aggregation='mean', higher_is_better=True)])))
+    (tmp_path / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    (tmp_path / 'cats.yaml').write_text(
+        json.dumps(
+            dict(
+                task='cats',
+                dataset_path='json',
+                dataset_kwargs=dict(data_files=dict(test=str(tmp_path / 'rows.jsonl'))),
+                test_split='test',
+                output_type='multiple_choice',
+                doc_to_text='{{question}}',
+                doc_to_choice='choices',
+                doc_to_target='label',
+                metric_list=[dict(metric='acc', aggregation='mean', higher_is_better=True)],
+            )
+        )
+    )
     model, folder = exported['experts']
-    done = subprocess.run([sys.executable, '-m', 'lm_eval', '--model', 'hf', '--model_args', f'pretrained={folder}', '--tasks', 'cats',
-                           '--include_path', tmp_path, '--device', 'cpu', '--output_path', tmp_path/'out', '--log_samples'],
-                          env=OFFLINE | {'HF_DATASETS_OFFLINE': '1', 'HF_HOME': str(tmp_path/'hf')}, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'lm_eval',
+            '--model',
+            'hf',
+            '--model_args',
+            f'pretrained={folder}',
+            '--tasks',
+            'cats',
+            '--include_path',
+            tmp_path,
+            '--device',
+            'cpu',
+            '--output_path',
+            tmp_path / 'out',
+            '--log_samples',
+        ],
+        env=OFFLINE | {'HF_DATASETS_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'hf')},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in next((tmp_path/'out').rglob('samples_*.jsonl')).read_text().splitlines()]
+    found = [
+        json.loads(line)
+        for line in next((tmp_path / 'out').rglob('samples_*.jsonl')).read_text().splitlines()
+    ]
     assert len(found) == len(rows)
     for row in found:
         for choice, reply in zip(row['doc']['choices'], row['filtered_resps']):
             question = row['doc']['question']
             before, after = (tokenizer.encode_ordinary(text) for text in (question, f"{question} {choice}"))
-            with torch.no_grad(): logs = model(torch.tensor([after[:-1]])).logits[0].log_softmax(-1)
+            with torch.no_grad():
+                logs = model(torch.tensor([after[:-1]])).logits[0].log_softmax(-1)
             ours = sum(logs[i - 1, after[i]].item() for i in range(len(before), len(after)))
-            assert after[:len(before)] == before and abs(ours - float(reply[0])) < 1e-4
+            assert after[: len(before)] == before and abs(ours - float(reply[0])) < 1e-4
 
 
 def test_gpt2s_vocabulary_is_known_without_fetching_it(gpt2_vocabulary, tmp_path, monkeypatch):
     "Eight processes that begin from GPT-2 compare a digest: none of them asks for the vocabulary."
-    (tmp_path/'text.txt').write_text('Experts read what routers send. ' * 50)
-    data.prepare(str(tmp_path/'text.txt'), tmp_path/'made', 'gpt2')
-    data.prepare(str(tmp_path/'text.txt'), tmp_path/'bytes', 'bytes')
-    assert vocabulary(load_tokenizer(tmp_path/'made')) == GPT2_VOCABULARY
+    (tmp_path / 'text.txt').write_text('Experts read what routers send. ' * 50)
+    data.prepare(str(tmp_path / 'text.txt'), tmp_path / 'made', 'gpt2')
+    data.prepare(str(tmp_path / 'text.txt'), tmp_path / 'bytes', 'bytes')
+    assert vocabulary(load_tokenizer(tmp_path / 'made')) == GPT2_VOCABULARY
     monkeypatch.setattr('tiktoken.get_encoding', None)
-    pretrained.check_tokenizer('gpt2', tmp_path/'made')
+    pretrained.check_tokenizer('gpt2', tmp_path / 'made')
     with pytest.raises(BadInput, match='has other token ids than the text that gpt2 has learnt from'):
-        pretrained.check_tokenizer('gpt2', tmp_path/'bytes')
+        pretrained.check_tokenizer('gpt2', tmp_path / 'bytes')
 
 
 def test_code_that_a_folder_brings_is_never_run(tmp_path):
     "Nor asked for: `auto_map` names code, and a yes on standard input would run it."
-    (tmp_path/'config.json').write_text(json.dumps({'model_type': 'evil', 'auto_map': {'AutoConfig': 'evil.EvilConfig'}}))
-    (tmp_path/'evil.py').write_text(f'open({str(tmp_path/"ran")!r}, "w")\n')
-    done = subprocess.run([sys.executable, '-m', 'nanomoe.sample', tmp_path], input='y\n' * 9, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 2 and 'holds no model that can be read' in done.stderr and 'wish to run' not in done.stdout + done.stderr
-    assert not (tmp_path/'ran').exists()
+    (tmp_path / 'config.json').write_text(
+        json.dumps({'model_type': 'evil', 'auto_map': {'AutoConfig': 'evil.EvilConfig'}})
+    )
+    (tmp_path / 'evil.py').write_text(f'open({str(tmp_path / "ran")!r}, "w")\n')
+    done = subprocess.run(
+        [sys.executable, '-m', 'nanomoe.sample', tmp_path],
+        input='y\n' * 9,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert (
+        done.returncode == 2
+        and 'holds no model that can be read' in done.stderr
+        and 'wish to run' not in done.stdout + done.stderr
+    )
+    assert not (tmp_path / 'ran').exists()
 
 
 def test_what_an_export_says_to_other_programs(exported):
-    "transformers 4 would add token types to GPT-2's positions; a colleague reads what the folder's owner wrote."
+    """transformers 4 would add token types to GPT-2's positions.
+
+    A colleague reads what the folder's owner wrote.
+    """
     for _, folder in exported.values():
-        flat = json.loads((folder/'tokenizer_config.json').read_text())
-        assert flat['model_input_names'] == ['input_ids', 'attention_mask'] and flat['pad_token'] == '<|endoftext|>'
+        flat = json.loads((folder / 'tokenizer_config.json').read_text())
+        assert (
+            flat['model_input_names'] == ['input_ids', 'attention_mask']
+            and flat['pad_token'] == '<|endoftext|>'
+        )
         assert len({path.stat().st_mode for path in folder.iterdir() if path.is_file()}) == 1
 
 
 def test_widths_that_transformers_cannot_multiply_are_refused():
-    knobs = dict(vocab_size=64, n_layer=1, n_head=2, positions='rotary', norm='rmsnorm', qk_norm=True, activation='swiglu', n_experts=3, gates='chosen')
+    knobs = dict(
+        vocab_size=64,
+        n_layer=1,
+        n_head=2,
+        positions='rotary',
+        norm='rmsnorm',
+        qk_norm=True,
+        activation='swiglu',
+        n_experts=3,
+        gates='chosen',
+    )
     assert architecture(ModelConfig(**knobs, n_embd=32, expert_width=48)) == 'qwen3_moe'
     for width, C in ((50, 32), (24, 30)):
-        with pytest.raises(BadInput, match='n_embd and expert_width in multiples of 4'): architecture(ModelConfig(**knobs, n_embd=C, expert_width=width))
+        with pytest.raises(BadInput, match='n_embd and expert_width in multiples of 4'):
+            architecture(ModelConfig(**knobs, n_embd=C, expert_width=width))
 
 
 def test_a_killed_export_leaves_nothing_to_the_next(exported, tmp_path):
     _, folder = next(iter(exported.values()))
     run = folder.with_name(folder.name.replace('-hf', '-run'))
-    left, running = tmp_path/'.tmp-out-999999999', tmp_path/f'.tmp-out-{os.getppid()}'
-    for folder in (left, running): (folder/'nanomoe').mkdir(parents=True)
-    (tmp_path/'.out.replaced'/'nanomoe').mkdir(parents=True)            # killed between the two names
-    (tmp_path/'.out.replaced'/'old').touch()
-    export_hf(run, tmp_path/'out')
-    assert {path.name for path in tmp_path.iterdir()} == {'out', running.name} and not (tmp_path/'out'/'old').exists()
+    left, running = tmp_path / '.tmp-out-999999999', tmp_path / f'.tmp-out-{os.getppid()}'
+    for folder in (left, running):
+        (folder / 'nanomoe').mkdir(parents=True)
+    (tmp_path / '.out.replaced' / 'nanomoe').mkdir(parents=True)  # killed between the two names
+    (tmp_path / '.out.replaced' / 'old').touch()
+    export_hf(run, tmp_path / 'out')
+    assert {path.name for path in tmp_path.iterdir()} == {'out', running.name} and not (
+        tmp_path / 'out' / 'old'
+    ).exists()
 
 
 def test_a_folder_that_transformers_saved_again(exported, tokenizer, tmp_path):
-    "With its tokenizer it can be sampled and trained from, in several files and in bfloat16 too; without, a sentence names the file."
+    """With its tokenizer it can be sampled and trained from, in several files and in bfloat16 too.
+
+    Without, a sentence names the file.
+    """
     from transformers import AutoModelForCausalLM
+
     for name in exported:
         model, folder = exported[name]
-        made = tmp_path/name.replace(' ', '-')
+        made = tmp_path / name.replace(' ', '-')
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         theirs.save_pretrained(made, max_shard_size='40KB')
         if model.cfg.vocab_size < 50257:
-            with pytest.raises(BadInput, match='lacks tokenizer.json; copy it from where the weights come from'): sample.load(made, 'cpu')
+            with pytest.raises(
+                BadInput, match='lacks tokenizer.json; copy it from where the weights come from'
+            ):
+                sample.load(made, 'cpu')
         AutoTokenizer.from_pretrained(folder).save_pretrained(made)
         again, own = sample.load(made, 'cpu')
-        assert vocabulary(own) == vocabulary(tokenizer) and [own.encode_ordinary(t) for t in TEXT] == [tokenizer.encode_ordinary(t) for t in TEXT]
-        for key, tensor in model.state_dict().items(): assert torch.equal(tensor, again.state_dict()[key]), key
-        if len(list(made.glob('model-*.safetensors'))) < 2: assert sum(p.numel() for p in model.parameters()) < 20_000, name
-        theirs.bfloat16().save_pretrained(tmp_path/'half')
-        assert load_model(tmp_path/'half').wte.weight.float().sub(model.wte.weight).abs().max() < 0.02
-        shutil.rmtree(tmp_path/'half')
+        assert vocabulary(own) == vocabulary(tokenizer) and [own.encode_ordinary(t) for t in TEXT] == [
+            tokenizer.encode_ordinary(t) for t in TEXT
+        ]
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[key]), key
+        if len(list(made.glob('model-*.safetensors'))) < 2:
+            assert sum(p.numel() for p in model.parameters()) < 20_000, name
+        theirs.bfloat16().save_pretrained(tmp_path / 'half')
+        assert load_model(tmp_path / 'half').wte.weight.float().sub(model.wte.weight).abs().max() < 0.02
+        shutil.rmtree(tmp_path / 'half')
 
 
 def saved_again(knobs: dict, tokenizer, folder: Path) -> Path:
     "The folder that `transformers` makes of the export of a small model."
     from transformers import AutoModelForCausalLM
-    run = run_of(GPT(ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=8, **knobs)), tokenizer, folder/'run')
-    export_hf(run, folder/'once')
-    for loader in (AutoModelForCausalLM, AutoTokenizer): loader.from_pretrained(folder/'once').save_pretrained(folder/'again')
-    return folder/'again'
+
+    run = run_of(
+        GPT(ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=8, **knobs)), tokenizer, folder / 'run'
+    )
+    export_hf(run, folder / 'once')
+    for loader in (AutoModelForCausalLM, AutoTokenizer):
+        loader.from_pretrained(folder / 'once').save_pretrained(folder / 'again')
+    return folder / 'again'
 
 
 def test_the_vocabulary_of_what_was_saved_again_is_never_guessed(tokenizer, gpt2_vocabulary, tmp_path):
-    "A model as wide as GPT-2's vocabulary keeps its own, characters stay characters, and GPT-2's own file is known."
-    wide = saved_again(dict(vocab_size=50304), tokenizer, tmp_path/'wide')
+    """A model as wide as GPT-2's vocabulary keeps its own, characters stay characters, and GPT-2's own file
+    is known.
+    """
+    wide = saved_again(dict(vocab_size=50304), tokenizer, tmp_path / 'wide')
     assert vocabulary(tokenizer_of(wide)) == vocabulary(tokenizer)
-    (wide/'tokenizer.json').unlink()
-    with pytest.raises(BadInput, match='it lacks tokenizer.json; copy it from where'): tokenizer_of(wide)
-    chars = tokenizer_of(saved_again(dict(vocab_size=64), make_tokenizer('chars', TEXT, 0), tmp_path/'chars'))
-    with pytest.raises(BadInput, match="the vocabulary has no 'Q'"): sample.prompt(chars, 'Q')
+    (wide / 'tokenizer.json').unlink()
+    with pytest.raises(BadInput, match='it lacks tokenizer.json; copy it from where'):
+        tokenizer_of(wide)
+    chars = tokenizer_of(
+        saved_again(dict(vocab_size=64), make_tokenizer('chars', TEXT, 0), tmp_path / 'chars')
+    )
+    with pytest.raises(BadInput, match="the vocabulary has no 'Q'"):
+        sample.prompt(chars, 'Q')
     known = tiktoken.get_encoding('gpt2')
-    _, folder = gpt2_folder(tmp_path/'gpt2')
+    _, folder = gpt2_folder(tmp_path / 'gpt2')
     assert vocabulary(known) == GPT2_VOCABULARY
     theirs = hf_bpe(known)
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)         # as OpenAI's model has it on the hub
-    theirs.save(str(folder/'tokenizer.json'))
+    # as OpenAI's model has it on the hub
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.save(str(folder / 'tokenizer.json'))
     assert pretrained.own_tokenizer(folder) is None
 
 
-CRAFTED = {'merges the other way round': lambda f: f['model']['merges'].reverse(), 'no vocabulary': lambda f: f['model'].pop('vocab'),
-           'no steps': lambda f: f.update(pre_tokenizer=None), 'an id twice': lambda f: f['model']['vocab'].update({'!': 5, '"': 5}),
-           'an empty pattern': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex=''),
-           'half a pattern': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex='(a*?'),
-           'a pattern that loses text': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex='cat'),
-           'lower case': lambda f: f.update(normalizer={'type': 'Lowercase'}),
-           'other merging': lambda f: f['model'].update(ignore_merges=False), 'an id below 0': lambda f: f['added_tokens'][0].update(id=-1)}
+CRAFTED = {
+    'merges the other way round': lambda f: f['model']['merges'].reverse(),
+    'no vocabulary': lambda f: f['model'].pop('vocab'),
+    'no steps': lambda f: f.update(pre_tokenizer=None),
+    'an id twice': lambda f: f['model']['vocab'].update({'!': 5, '"': 5}),
+    'an empty pattern': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex=''),
+    'half a pattern': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex='(a*?'),
+    'a pattern that loses text': lambda f: f['pre_tokenizer']['pretokenizers'][0]['pattern'].update(
+        Regex='cat'
+    ),
+    'lower case': lambda f: f.update(normalizer={'type': 'Lowercase'}),
+    'other merging': lambda f: f['model'].update(ignore_merges=False),
+    'an id below 0': lambda f: f['added_tokens'][0].update(id=-1),
+}
 
 
 def test_a_tokenizer_that_exports_do_not_have_is_refused(tokenizer, tmp_path, capfd):
     folder = saved_again(dict(vocab_size=310), tokenizer, tmp_path)
-    flat = (folder/'tokenizer.json').read_text()
+    flat = (folder / 'tokenizer.json').read_text()
     capfd.readouterr()
     for name, change in CRAFTED.items():
         other = json.loads(flat)
         change(other)
-        (folder/'tokenizer.json').write_text(json.dumps(other))
+        (folder / 'tokenizer.json').write_text(json.dumps(other))
         with pytest.raises(BadInput, match='tokenizer.json (is not as exports have it|holds no tokenizer)'):
             print(name, tokenizer_of(folder))
     assert 'panicked' not in capfd.readouterr().err
@@ -664,9 +991,20 @@ def test_a_tokenizer_that_exports_do_not_have_is_refused(tokenizer, tmp_path, ca
 
 def test_the_run_that_everybody_has_has_an_exportable_sister(tmp_path):
     "`onboard` itself is refused in a sentence that names it; both weigh about the same."
-    sizes = [n_params(GPT(replace(PRESETS[name][0], vocab_size=4096))) for name in ('onboard', 'onboard_modern')]
+    sizes = [
+        n_params(GPT(replace(PRESETS[name][0], vocab_size=4096))) for name in ('onboard', 'onboard_modern')
+    ]
     assert all(abs(a - b) < 0.02 * a for a, b in zip(*sizes))
-    with pytest.raises(BadInput, match='the preset onboard_modern trains one that has'): architecture(PRESETS['onboard'][0])
-    run = [f'--out_dir={tmp_path}/run', '--dataset=numbers', '--max_iters=2', '--warmup_iters=1', '--eval_iters=1', '--device=cpu', '--block_size=32']
+    with pytest.raises(BadInput, match='the preset onboard_modern trains one that has'):
+        architecture(PRESETS['onboard'][0])
+    run = [
+        f'--out_dir={tmp_path}/run',
+        '--dataset=numbers',
+        '--max_iters=2',
+        '--warmup_iters=1',
+        '--eval_iters=1',
+        '--device=cpu',
+        '--block_size=32',
+    ]
     list(train.train(*parse(['onboard_modern', *run])))
-    assert export_hf(tmp_path/'run', tmp_path/'hf') < 1e-5
+    assert export_hf(tmp_path / 'run', tmp_path / 'hf') < 1e-5

@@ -1,4 +1,5 @@
 "Make README.md and its pictures (assets/index-…) from nbs/index.ipynb; another folder may be named."
+
 import base64
 import json
 import re
@@ -13,16 +14,20 @@ def readme(notebook: dict) -> tuple[str, dict[str, bytes]]:
     parts, pictures = ['<!-- made from nbs/index.ipynb by tools/make_readme.py: edit that notebook -->'], {}
     for cell in notebook['cells']:
         source = ''.join(cell['source'])
-        if cell['id'].startswith('page-'): continue                     # for the notebook alone: README shows no HTML
+        if cell['id'].startswith('page-'):
+            continue  # for the notebook alone: README shows no HTML
         if cell['cell_type'] == 'markdown':
             parts.append(re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', source.replace('](../', '](')))
-        if cell['cell_type'] != 'code': continue
-        if not re.match(r'#\s*\|\s*hide', source): parts.append(f'```python\n{source}\n```')
+        if cell['cell_type'] != 'code':
+            continue
+        if not re.match(r'#\s*\|\s*hide', source):
+            parts.append(f'```python\n{source}\n```')
         for output in cell['outputs']:
             if output['output_type'] == 'stream':
                 parts.append('```\n' + ''.join(output['text']).rstrip() + '\n```')
             for kind, end in (('image/png', 'png'), ('image/svg+xml', 'svg')):
-                if not (picture := ''.join(output.get('data', {}).get(kind, ''))): continue
+                if not (picture := ''.join(output.get('data', {}).get(kind, ''))):
+                    continue
                 path = f'assets/index-{cell["id"]}.{end}'
                 pictures[path] = base64.b64decode(picture) if end == 'png' else picture.encode()
                 parts.append(f'![{cell["id"].replace("-", " ")}]({path})')
@@ -31,8 +36,8 @@ def readme(notebook: dict) -> tuple[str, dict[str, bytes]]:
 
 if __name__ == '__main__':
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
-    text, pictures = readme(json.loads((ROOT/'nbs'/'index.ipynb').read_text()))
-    (folder/'README.md').write_text(text)
+    text, pictures = readme(json.loads((ROOT / 'nbs' / 'index.ipynb').read_text()))
+    (folder / 'README.md').write_text(text)
     for path, content in pictures.items():
-        (folder/path).parent.mkdir(exist_ok=True)
-        (folder/path).write_bytes(content)
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(content)

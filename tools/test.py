@@ -1,4 +1,5 @@
 """What `make test` runs: every notebook through nbdev_test, then tests/; last comes `N passed, N failed`."""
+
 import shutil
 import subprocess
 import sys
@@ -16,23 +17,34 @@ def check_notebook(path: Path) -> bool:
     "Run one notebook's cells as nbdev_test does, ten minutes at most; its output is shown only if it fails."
     start = time.perf_counter()
     try:
-        run = subprocess.run([BIN/'nbdev_test', '--path', path], cwd=ROOT, timeout=600, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        run = subprocess.run(
+            [BIN / 'nbdev_test', '--path', path],
+            cwd=ROOT,
+            timeout=600,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         passed, said = run.returncode == 0 and 'Success' in run.stdout, run.stdout
     except subprocess.TimeoutExpired as e:
         passed, said = False, f'{e}\n'
-    print(f'{"passed" if passed else "FAILED"}  {path.name}  {time.perf_counter() - start:.0f} s'
-          + ('' if passed else f'\n{said}'), flush=True)
+    print(
+        f'{"passed" if passed else "FAILED"}  {path.name}  {time.perf_counter() - start:.0f} s'
+        + ('' if passed else f'\n{said}'),
+        flush=True,
+    )
     return passed
 
 
 def check_tests() -> tuple[int, int]:
     "Run tests/ with pytest; returns how many passed and failed."
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder)/'report.xml'
-        code = subprocess.run([BIN/'pytest', '-q', '-rs', '--durations=10', f'--junitxml={report}', 'tests'],
-                              cwd=ROOT).returncode
-        if not report.exists(): return 0, 1
+        report = Path(folder) / 'report.xml'
+        code = subprocess.run(
+            [BIN / 'pytest', '-q', '-rs', '--durations=10', f'--junitxml={report}', 'tests'], cwd=ROOT
+        ).returncode
+        if not report.exists():
+            return 0, 1
         suite = ElementTree.parse(report).getroot().find('testsuite')
     total, skipped = int(suite.get('tests')), int(suite.get('skipped'))
     bad = int(suite.get('failures')) + int(suite.get('errors'))
@@ -40,13 +52,15 @@ def check_tests() -> tuple[int, int]:
 
 
 def main():
-    if not shutil.which('chromium'): print('without chromium on the PATH, the browser test is left out')
+    if not shutil.which('chromium'):
+        print('without chromium on the PATH, the browser test is left out')
     with ThreadPoolExecutor(2) as two:
-        notebooks = list(two.map(check_notebook, sorted((ROOT/'nbs').glob('*.ipynb'))))
+        notebooks = list(two.map(check_notebook, sorted((ROOT / 'nbs').glob('*.ipynb'))))
     passed, failed = check_tests()
     passed, failed = passed + sum(notebooks), failed + len(notebooks) - sum(notebooks)
     print(f'{passed} passed, {failed} failed')
     sys.exit(failed > 0)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()
