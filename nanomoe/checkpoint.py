@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import BadInput, ModelConfig
+from .config import BadInput, ModelConfig, moved
 from .files import fsync, read_sealed, say, sealed, sha256
 from .model import GPT
 
@@ -335,3 +335,6 @@ def hold(folder: Path):
             sys.stderr,
         )
     return lock
+
+
+__getattr__ = moved('files', 'metrics')  # for names imported from here before

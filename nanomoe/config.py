@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OTHER_NAMES', 'CHANGEABLE', 'ModelConfig', 'TrainConfig', 'BadInput', 'likeness', 'nearest', 'check_name',
            'field_names', 'to_dict', 'from_dict', 'check_kinds', 'spelled', 'model_problems', 'allowed_changes',
-           'train_problems', 'conflicts', 'check', 'without_effect']
+           'train_problems', 'conflicts', 'check', 'without_effect', 'moved']
 
 # %% ../nbs/30_config.ipynb #imports
-import dataclasses, difflib, math, types, typing
+import dataclasses, difflib, importlib, math, types, typing, warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +78,9 @@ class TrainConfig:
     warmup_iters: int = 2000  # steps of linear warmup
     lr_decay_iters: int | None = None  # step at which min_lr is reached; None is max_iters
     decay_lr: bool = True  # False keeps the peak rate throughout
+    router_lr: float = 1.0  # learning rate of the routers, as a multiple of the others'
+    embed_lr: float = 1.0  # the same of the embeddings
+    expert_lr: float = 1.0  # the same of the experts' matrices
     weight_decay: float = 0.1  # on every matrix, not on biases and norms
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -266,11 +269,11 @@ def model_problems(m: ModelConfig) -> list[str]:
     return out
 
 # %% ../nbs/30_config.ipynb #check-train
+# no weight's shape depends on these
 CHANGEABLE = (
     'top_k gates capacity_factor eval_capacity_factor min_capacity capacity_over priority balance '
-    'balance_weight '
-    'balance_over bias_rate z_weight jitter dropout'
-).split()  # no weight's shape depends on these
+    'balance_weight balance_over bias_rate z_weight jitter dropout'
+).split()
 
 
 def allowed_changes(t: TrainConfig) -> list[str]:
@@ -301,7 +304,8 @@ def train_problems(t: TrainConfig) -> list[str]:
         t.lr_decay_iters is None or t.lr_decay_iters >= 1,
         f'lr_decay_iters must be at least 1, or None, got {t.lr_decay_iters}',
     )
-    for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'hang_timeout'):
+    rates = ['learning_rate', 'min_lr', 'router_lr', 'embed_lr', 'expert_lr']
+    for name in (*rates, 'weight_decay', 'grad_clip', 'hang_timeout'):
         v = getattr(t, name)
         need(math.isfinite(v) and v >= 0, f'{name} must be a finite number of at least 0, got {v}')
     need(
@@ -393,8 +397,8 @@ def without_effect(model: ModelConfig, train: TrainConfig, given: list[str]) -> 
     when(
         model.n_experts == 1,
         'top_k moe_every router jitter gates router_float32 capacity_factor eval_capacity_factor '
-        'min_capacity capacity_over '
-        'priority balance balance_over bias_rate balance_weight z_weight',
+        'min_capacity '
+        'capacity_over priority balance balance_over bias_rate balance_weight z_weight router_lr expert_lr',
         'n_experts=1',
     )
     when(dropless, 'min_capacity', 'capacity_factor=None')
@@ -404,3 +408,21 @@ def without_effect(model: ModelConfig, train: TrainConfig, given: list[str]) -> 
     when(not train.decay_lr, 'min_lr lr_decay_iters', 'decay_lr=False')
     when(train.tracker == 'none', 'run_name', 'tracker=none')
     return [f'{name} ({idle[name]})' for name in dict.fromkeys(given) if name in idle]
+
+# %% ../nbs/30_config.ipynb #moved
+def moved(*modules: str):
+    "The `__getattr__` of a module whose names are in these now: finds them there, and warns."
+
+    def __getattr__(name: str):
+        # what Python looks for in every module, such as __path__, has not moved
+        rooms = [] if name.startswith('__') else modules
+        for module in (importlib.import_module(f'nanomoe.{room}') for room in rooms):
+            if name in module.__all__:
+                warnings.warn(f'{name} is in {module.__name__} now', DeprecationWarning, stacklevel=2)
+                return getattr(module, name)
+        raise AttributeError(f'there is no {name} here, nor in nanomoe.{", nanomoe.".join(modules)}')
+
+    return __getattr__
+
+
+__getattr__ = moved('presets', 'command_line', 'files')

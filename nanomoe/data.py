@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .command_line import from_command_line, one_sentence, words_first
-from .config import BadInput, nearest
+from .config import BadInput, moved, nearest
 from nanomoe.corpora import (
     HUB,
     Document,
@@ -882,3 +882,6 @@ def write_numbers():
         shutil.rmtree(made)
         if not (final / 'manifest.json').exists():
             raise BadInput(f'{final} cannot be written: {e.strerror}') from None
+
+
+__getattr__ = moved('corpora', 'dataset', 'tokenizer', 'files')  # for names imported from here before

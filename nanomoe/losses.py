@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import ModelConfig
-from .router import Routing, expert_counts
+from .router import Routing
 
 # %% ../nbs/04_losses.ipynb #balance-loss
 def mean_over(x: Tensor, counted: Tensor | None) -> Tensor:
@@ -35,7 +35,7 @@ def balance_loss(r: Routing, counted: Tensor | None = None, counts: Tensor | Non
     """
     E = r.probs.size(1)
     if counts is None:
-        counts = expert_counts(r, E, counted)
+        counts = r.counts(counted)
     share = counts / counts.sum().clamp(min=1)  # (E,)
     return E * (mean_over(r.probs, counted) * share).sum()
 
@@ -47,18 +47,17 @@ def nano_moe_balance_loss(r: Routing) -> Tensor:
     N, E = r.probs.shape
     chosen = r.logits.gather(-1, r.expert_ids).softmax(-1)  # (N, K)
     weight = torch.zeros_like(r.probs).scatter(-1, r.expert_ids, chosen).mean(0)  # (E,)
-    return E * (weight * expert_counts(r, E) / N).sum()
+    return E * (weight * r.counts() / N).sum()
 
 # %% ../nbs/04_losses.ipynb #other-balance
 def sequence_balance_loss(r: Routing, n_rows: int, counted: Tensor | None = None) -> Tensor:
-    """Mean over sequences of each one's `balance_loss` (DeepSeek-V3, 2412.19437 eq.
+    """Mean over sequences of each one's `balance_loss`: every row is to be even.
 
-    17-20): every row is to be even.
+    DeepSeek-V3, 2412.19437 eq. 17-20.
     """
     E, rows = r.probs.size(1), None if counted is None else counted.view(n_rows, -1)  # (R, T)
     row = torch.arange(n_rows, device=r.probs.device).repeat_interleave(len(r.probs) // n_rows)  # (N,)
-    by_row = r._replace(expert_ids=r.expert_ids + E * row.unsqueeze(1))
-    counts = expert_counts(by_row, n_rows * E, counted).view(n_rows, E)
+    counts = r.counts(counted, row, n_rows)  # (R, E)
     share = counts / counts.sum(-1, keepdim=True).clamp(min=1)  # (R, E)
     losses = E * (mean_over(r.probs.view(n_rows, -1, E), rows) * share).sum(-1, keepdim=True)  # (R, 1)
     return mean_over(losses, None if rows is None else (rows.sum(-1) > 0).float()).squeeze()
@@ -100,7 +99,7 @@ def measure_balance(
     if cfg.balance == 'sequence':
         return sequence_balance_loss(r, n_rows, counted)
     if counts is None and cfg.balance_over == 'global' and torch.is_grad_enabled() and dist.is_initialized():
-        dist.all_reduce(counts := expert_counts(r, cfg.n_experts, counted))
+        dist.all_reduce(counts := r.counts(counted))
     return balance_loss(r, counted, counts)
 
 

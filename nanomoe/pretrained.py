@@ -19,7 +19,7 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import with_weights
 from .command_line import from_command_line, one_sentence, subcommand
-from .config import BadInput, ModelConfig, check, from_dict
+from .config import BadInput, ModelConfig, check, from_dict, moved
 from .files import put_back, put_in_place, resolve
 from nanomoe.huggingface import (
     GPT2_VOCABULARY,
@@ -289,3 +289,6 @@ def check_tokenizer(init_from: str, dataset: Path):
 def cut_positions(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
     "The weights for a model that sees fewer positions."
     return {name: t[:block_size] if name == 'wpe.weight' else t for name, t in tensors.items()}
+
+
+__getattr__ = moved('huggingface', 'upcycle', 'checkpoint')  # for names imported from here before

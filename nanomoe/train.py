@@ -25,7 +25,16 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import check_folder, evaluations, fill, hold
 from .command_line import launched_rank, one_sentence, read_command, tell_launcher
-from .config import BadInput, ModelConfig, TrainConfig, allowed_changes, check, to_dict, without_effect
+from nanomoe.config import (
+    BadInput,
+    ModelConfig,
+    TrainConfig,
+    allowed_changes,
+    check,
+    moved,
+    to_dict,
+    without_effect,
+)
 from .data import write_numbers
 from nanomoe.dataset import (
     TokenFile,
@@ -42,9 +51,9 @@ from nanomoe.dataset import (
 from .experts import MoE
 from .files import Lines, cut_log, resolve, say, write_whole
 from .losses import update_bias
-from .metrics import Health, Level, Record, health, read_log, routing_stats
+from .metrics import Level, Record, StepStats, by_name, health, read_log, step_stats
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
-from .optim import lr_at, make_optimizer, parameter_names
+from .optim import lr_at, make_optimizer, parameter_names, set_learning_rate
 from nanomoe.parallel import (
     Feed,
     StopRequest,
@@ -61,7 +70,7 @@ from nanomoe.parallel import (
     share_gradients,
 )
 from .pretrained import initial_weights
-from .router import expert_counts
+
 from .tokenizer import load_tokenizer, token_bytes
 
 # %% ../nbs/09_train.ipynb #evaluate
@@ -99,9 +108,7 @@ def evaluate(
         seen = y >= 0
         sums.index_add_(0, domain, torch.stack([nats, seen, lengths[y.clamp(min=0)] * seen], 1).to(exact))
         for layer, r in enumerate(routings):
-            read = r.kept if cfg.router == 'expert_choice' else torch.ones_like(r.expert_ids)
-            for choice, counts in zip(r.expert_ids.T, read.T):
-                load[:, layer].index_put_((domain, choice), (seen * counts).to(exact), accumulate=True)
+            load[:, layer] += r.counts(seen, domain, D).to(exact)
     model.train(was_training)
     return validation_figures(all_reduce(sums), all_reduce(load), list(data.domains))
 
@@ -168,10 +175,10 @@ class Trainer:
         self.feed = Feed(
             lambda number: training_batch(data, number * B, B, T, cfg.seed), world.device, world.size
         )
-        self.measure, self.hidden = routing_stats, self.model.hidden
+        self.measure, self.hidden = step_stats, self.model.hidden
         if cfg.compile or (cfg.compile is None and world.device.type == 'cuda'):
             self.model.compile()
-            self.measure, self.hidden = torch.compile(routing_stats), torch.compile(self.model.hidden)
+            self.measure, self.hidden = torch.compile(step_stats), torch.compile(self.model.hidden)
         self.shared = self.model
         self.autocast = torch.autocast(world.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.peak = peak_flops(world.device, self.dtype) * world.size
@@ -179,6 +186,9 @@ class Trainer:
     @property
     def tokens_per_step(self) -> int:
         return self.cfg.gradient_accumulation_steps * self.cfg.batch_size * self.model_cfg.block_size
+
+    def unpack(self, flat: Tensor) -> StepStats:
+        return StepStats.unpack(flat, len(moe_layers(self.model_cfg)), self.model_cfg.n_experts)
 
 # %% ../nbs/09_train.ipynb #trainer-together
 @contextmanager
@@ -204,14 +214,13 @@ def together(run: Trainer, world: World):
 
 # %% ../nbs/09_train.ipynb #micro-batch
 def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
-    "Forward and backward of the run's micro-batch `number`: its ce, balance, z and routing statistics, flat."
+    "Forward and backward of the run's micro-batch `number`: its `StepStats`, packed."
     x, y = begin_batch(run, number)
     with quietly(run.shared, last):
         with run.autocast:
             out = run.shared(x, y, keep_logits=False, counts=run.counts)
         run.scaler.scale(out.losses.total / len(run.micro_batches)).backward()
-    routing = run.measure(out.routings, run.model_cfg).flatten().to(x.device)
-    return torch.cat([torch.stack(out.losses[1:]).detach(), routing])
+    return run.measure(out.losses, out.routings).pack()
 
 
 def begin_batch(run: Trainer, number: int) -> tuple[Tensor, Tensor]:
@@ -236,28 +245,27 @@ def count_ahead(run: Trainer, first: int) -> Tensor | None:
         x, y = begin_batch(run, first + i)
         with run.autocast:
             _, routings = run.hidden(x)
-        counts += torch.stack([expert_counts(r, cfg.n_experts, (y >= 0).flatten()) for r in routings])
+        counts += torch.stack([r.counts((y >= 0).flatten()) for r in routings])
     return all_reduce(counts)
 
 # %% ../nbs/09_train.ipynb #update
-def update(run: Trainer) -> tuple[Tensor, float]:
+def update(run: Trainer) -> tuple[StepStats, float]:
     """One optimiser step over all processes, skipped by all if anything is not finite.
 
     Returns the step's statistics, summed over micro-batches, and the gradient norm before clipping. Sets
     `run.halt` if any process received a stop signal. One host synchronisation.
     """
     cfg, first = run.cfg, run.step * run.cfg.gradient_accumulation_steps
-    for group in run.optimizer.param_groups:
-        group['lr'] = lr_at(run.step, cfg)
+    set_learning_rate(run.optimizer, lr_at(run.step, cfg))
     run.counts = count_ahead(run, first)
     parts = [micro_batch(run, first + i, last=i == run.micro_batches[-1]) for i in run.micro_batches]
-    stats = torch.stack(parts).sum(0)
+    packed = torch.stack(parts).sum(0)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-    bad, stop = (~torch.isfinite(norm + stats[0])).float(), stats.new_full((), bool(run.stop.signals))
-    total = all_reduce(torch.cat([stats, bad[None], stop[None]]))
+    bad, stop = (~torch.isfinite(norm + packed[0])).float(), packed.new_full((), bool(run.stop.signals))
+    total = all_reduce(torch.cat([packed, bad[None], stop[None]]))
     here = torch.cat([total, norm[None]]).cpu()  # the only host sync
-    stats, (bad, stop, norm) = here[:-3], here[-3:].tolist()
+    stats, (bad, stop, norm) = run.unpack(here[:-3]), here[-3:].tolist()
     run.halt = stop > 0
     with run.changing:
         if bad == 0:
@@ -265,19 +273,19 @@ def update(run: Trainer) -> tuple[Tensor, float]:
         run.scaler.update()  # float16: halve the loss scale on overflow
         count_skip(run, bad > 0)
         if run.model_cfg.balance == 'bias' and bad == 0:
-            move_biases(run, total[3:-2])
+            move_biases(run, run.unpack(total[:-2]).counts)
         run.optimizer.zero_grad(set_to_none=True)
         run.step, run.last = run.step + 1, (stats, norm)
         if bad == 0:
-            note_spike(run, stats[0].item() / cfg.gradient_accumulation_steps)
+            note_spike(run, stats.ce.item() / cfg.gradient_accumulation_steps)
     return run.last
 
 # %% ../nbs/09_train.ipynb #update-helpers
-def move_biases(run: Trainer, stats: Tensor):
-    "Move the bias of each layer's router by the step's load, which is the same on every process."
+def move_biases(run: Trainer, counts: Tensor):
+    "Move the bias of each layer's router by the step's load (L, E), which is the same on every process."
     routers = [block.mlp.router for block in run.model.h if isinstance(block.mlp, MoE)]
-    for router, row in zip(routers, stats.view(len(routers), -1)):
-        update_bias(router.bias, row[:-4], run.model_cfg.bias_rate)
+    for router, row in zip(routers, counts):
+        update_bias(router.bias, row, run.model_cfg.bias_rate)
 
 
 def count_skip(run: Trainer, skipped: bool):
@@ -390,8 +398,8 @@ def save(run: Trainer, halt: bool):
         'weights': run.data.weights,
         'skipped': run.skipped,
         'scaler': run.scaler.state_dict(),
-        'level': run.level,
-        'record': run.newest,
+        'level': run.level._asdict(),
+        'record': run.newest and run.newest.state(),
     }
     run.saver.save(
         run.out_dir,
@@ -497,12 +505,12 @@ def restore(run: Trainer, found: checkpoint.Checkpoint):
         checkpoint.load_optimizer(run.optimizer, names, found.tensors['optim'])
         if found.meta['scaler'] and run.scaler.is_enabled():
             run.scaler.load_state_dict(found.meta['scaler'])
-        run.step, run.skipped, run.level = found.step, found.meta['skipped'], Level(*found.meta['level'])
+        run.step, run.skipped = found.step, found.meta['skipped']
+        run.level = by_name(Level, found.meta['level'])
         counts = [run.step, run.skipped, run.level.steps, run.level.spikes]
         if run.step:
-            newest = Record(*found.meta['record'])
-            run.newest = newest._replace(health=Health(*newest.health))
-            counts += [newest.step, newest.tokens]
+            run.newest = Record.from_state(found.meta['record'])
+            counts += [run.newest.step, run.newest.tokens]
         if any(type(n) is not int for n in counts) or any(type(x) not in (int, float) for x in run.level):
             raise TypeError('a count that is none')
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
@@ -511,20 +519,18 @@ def restore(run: Trainer, found: checkpoint.Checkpoint):
         ) from None
 
 # %% ../nbs/09_train.ipynb #make-record
-def make_record(run: Trainer, stats: Tensor, norm: float, tok_per_s: float) -> Record:
-    "One step's summed statistics as the figures a log line has, but for those of an evaluation."
+def make_record(run: Trainer, stats: StepStats, norm: float, tok_per_s: float) -> Record:
+    "One step's sums as the figures a log line has, but for those of an evaluation."
     cfg, model_cfg = run.cfg, run.model_cfg
-    ce, balance, z = (stats[:3] / cfg.gradient_accumulation_steps).tolist()
-    layers = stats[3:].view(-1, model_cfg.n_experts + 4)  # (L, E+4)
-    K = model_cfg.n_experts if model_cfg.router == 'expert_choice' else model_cfg.top_k
-    each = health(layers, run.tokens_per_step, K)
+    ce, balance, z = (t.item() / cfg.gradient_accumulation_steps for t in stats[:3])
+    each = health(stats, run.tokens_per_step)
     return Record(
         step=run.step,
         tokens=run.step * run.tokens_per_step,
         ce=ce,
         balance=balance,
         z=z,
-        load=layers[:, :-4].int().tolist(),
+        load=stats.counts.int().tolist(),
         drop_rate=mean(each.drop_rate),
         entropy=mean(each.entropy),
         health=each,
@@ -544,17 +550,13 @@ def mean(values: list[float]) -> float:
 
 
 def evaluation(run: Trainer) -> Record:
-    "A record of the weights as they are: validation figures, and None for what only an update has."
-    missing = dict.fromkeys(Record._fields)
+    "A record of the weights as they are: validation figures, without what only an update has."
     return Record(
-        **missing
-        | dict(
-            step=run.step,
-            tokens=run.step * run.tokens_per_step,
-            skipped=run.skipped,
-            spikes=run.level.spikes,
-            val=validate(run, everything=False),
-        )
+        step=run.step,
+        tokens=run.step * run.tokens_per_step,
+        skipped=run.skipped,
+        spikes=run.level.spikes,
+        val=validate(run, everything=False),
     )
 
 
@@ -632,7 +634,7 @@ def routed_text(run: Trainer, length: int = 128) -> Iterator[dict]:
             ids=ids.tolist(),
             expert_ids=[r.expert_ids.tolist() for r in routings],
             gates=[[[round(g, 4) for g in row] for row in r.gates.tolist()] for r in routings],
-            kept=[None if r.kept is None else r.kept.tolist() for r in routings],
+            kept=[None if (reached := r.reached()) is None else reached.tolist() for r in routings],
         )
     run.model.train()
 
@@ -766,6 +768,9 @@ def train_all(runs: dict[str, str], out_dir: str, jobs: int = 2) -> dict[str, li
 
     with futures.ThreadPoolExecutor(jobs) as pool:
         return dict(zip(runs, pool.map(one, runs)))
+
+
+__getattr__ = moved('optim', 'metrics', 'dataset')  # for names imported from here before
 
 # %% ../nbs/09_train.ipynb #main
 def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:

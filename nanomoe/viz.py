@@ -19,7 +19,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from .command_line import one_sentence
-from .config import ModelConfig
+from .config import ModelConfig, moved
 
 with one_sentence() if __name__ == '__main__' and '__file__' in globals() else nullcontext():
     import matplotlib
@@ -145,8 +145,11 @@ def choice_counts(routing, n_experts: int | None = None) -> tuple[np.ndarray, np
     "Of a `Routing`: choices each expert got, and how many of them were dropped, each (E,)."
     ids = np.asarray(routing.expert_ids)
     E = n_experts or routing.probs.shape[-1]
-    kept = np.ones(ids.shape, bool) if routing.kept is None else np.asarray(routing.kept)
-    return np.bincount(ids.ravel(), minlength=E), np.bincount(ids[~kept], minlength=E)
+    real, kept = (
+        np.ones(ids.shape, bool) if mask is None else np.asarray(mask)
+        for mask in (routing.assigned, routing.kept)
+    )
+    return np.bincount(ids[real], minlength=E), np.bincount(ids[real & ~kept], minlength=E)
 
 # %% ../nbs/05_viz.ipynb #load-bars
 def load_bars(
@@ -608,6 +611,8 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
     return ax.figure
 
 # %% ../nbs/05_viz.ipynb #door
+__getattr__ = moved('report', 'board')  # for names imported from here before
+
 if __name__ == '__main__' and '__file__' in globals():
     from nanomoe.report import main
 

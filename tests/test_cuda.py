@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from nanomoe import checkpoint, experts, train
-from nanomoe.metrics import routing_stats
+from nanomoe.losses import Losses
+from nanomoe.metrics import step_stats
 from nanomoe.optim import lr_at, make_optimizer, orthogonalised
 from nanomoe.attention import FixedKVCache, KVCache
 from nanomoe.capacity import expert_capacity
@@ -251,7 +252,7 @@ def test_a_layer_never_waits_for_the_device(device, way):
         with torch.autocast(device.type, torch.bfloat16):
             y, r = layer(x, ids)
         y.sum().backward()
-        routing_stats((r,), layer.cfg)
+        step_stats(Losses(*x.new_zeros(4)), (r,))
 
 
 def test_a_wait_is_noticed(device):
@@ -290,7 +291,7 @@ def test_no_tensor_is_made_on_another_device(preset, monkeypatch):
         x = torch.zeros(2, 32, dtype=torch.long, device='meta')
         out = model(x, x, keep_logits=False)
         out.losses.total.backward()
-        assert routing_stats(out.routings, model.cfg).is_meta and all(
+        assert step_stats(out.losses, out.routings).pack().is_meta and all(
             p.grad.is_meta for p in model.parameters()
         )
         make_optimizer(model, TrainConfig(optimizer='muon')).step()

@@ -20,7 +20,8 @@ from nanomoe import report as reports
 from nanomoe import viz
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
 from nanomoe.router import choose
-from nanomoe.metrics import health, routing_stats
+from nanomoe.losses import Losses
+from nanomoe.metrics import health, step_stats
 from nanomoe.board import board_svg, svg_words
 from nanomoe.report import experts_figure, health_figure, read_rows, report, samples_of, server
 from nanomoe.viz import png
@@ -271,7 +272,7 @@ def test_what_cannot_be_done_gets_one_sentence(words, sentence, tmp_path, capsys
 def test_sureness_is_what_the_log_calls_entropy_and_margin():
     "The picture of a routing and the trainer's log lines measure the same two things, each in its own way."
     r = choose(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), 2)
-    logged = health(routing_stats((r,), ModelConfig(n_experts=8, top_k=2)), 200, 2)
+    logged = health(step_stats(Losses(*torch.zeros(4)), (r,)), 200)
     entropy, margin = viz.sureness(r.probs, r.expert_ids)
     assert logged.entropy[0] == pytest.approx(entropy.mean(), rel=1e-5)
     assert logged.margin[0] == pytest.approx(margin.mean(), rel=1e-5)

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from nanomoe import experts as module
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, check
 from nanomoe.experts import MoE, activate
-from nanomoe.losses import balance_loss, sequence_balance_loss, total_loss, update_bias
+from nanomoe.losses import Losses, balance_loss, sequence_balance_loss, total_loss, update_bias
 from nanomoe.model import GPT, flops_per_token, initialise
 from nanomoe.router import Routing, choose, even_shares, make_router
-from nanomoe.metrics import health, routing_stats
+from nanomoe.metrics import health, step_stats
 from nanomoe.optim import make_optimizer
 
 BASE = ModelConfig(n_embd=16, n_head=1, n_experts=6, top_k=2, expert_width=24)
@@ -60,7 +60,7 @@ def by_padding(layer: MoE, x: torch.Tensor) -> torch.Tensor:
         y, r = layer(x)
     finally:
         layer.cfg = replace(layer.cfg, capacity_factor=None)
-    assert r.kept.all()
+    assert r.kept is None
     return y
 
 
@@ -216,8 +216,8 @@ def test_a_routing_keeps_its_promises(name):
     assert all(len(set(row)) == K for row in r.expert_ids.tolist())  # K different experts
     if name != 'hash':
         score = r.probs.gather(1, r.expert_ids)
-        if r.kept is not None:
-            score = score + r.kept  # taken ones first
+        if r.assigned is not None:
+            score = score + r.assigned  # taken ones first
         assert (score.diff() <= 0).all(), 'best first'
     if 'chosen' in name:
         torch.testing.assert_close(r.gates.sum(-1), torch.ones(40))
@@ -301,8 +301,8 @@ def test_expert_choice_by_hand():
             want[n] += probs[n, e] * one_expert(layer, e, x[0, n][None])[0]
             taken[n, e] = 1
     torch.testing.assert_close(y[0], want)
-    assert torch.equal(torch.zeros(12, 6).scatter(1, r.expert_ids, r.kept.float()), taken)
-    assert layer.train()(x)[1].kept.sum() == 6 * 6  # 1.5 · 4 in training
+    assert torch.equal(torch.zeros(12, 6).scatter(1, r.expert_ids, r.assigned.float()), taken)
+    assert layer.train()(x)[1].assigned.sum() == 6 * 6  # 1.5 · 4 in training
 
 
 def test_hash_is_a_table_of_token_ids():
@@ -352,7 +352,7 @@ def test_sequence_balance_is_the_mean_over_rows():
 def test_shared_experts_read_every_token():
     layer = filled(MoE(replace(BASE, n_shared_experts=2))).eval()
     x = torch.randn(1, 9, 16)
-    routed = module.dropless(layer.experts, x[0], layer.router(x[0]))
+    routed = module.run_experts(layer.experts, x[0], layer.router(x[0]))
     torch.testing.assert_close(layer(x)[0][0], routed + layer.shared(x[0]))
     assert layer.shared.c_fc.weight.shape == (2 * 24, 16)
 
@@ -444,10 +444,9 @@ def test_health_by_hand():
         logits.softmax(-1),
         torch.tensor([[0], [0]]),
         torch.ones(2, 1),
-        torch.tensor([[True], [False]]),
+        kept=torch.tensor([[True], [False]]),
     )
-    cfg = ModelConfig(n_experts=3, top_k=1)
-    h = health(routing_stats((r,), cfg), 2, 1)
+    h = health(step_stats(Losses(*torch.zeros(4)), (r,)), 2)
     p = logits[0].softmax(-1)
     assert (h.busiest, h.idlest, h.dead, h.drop_rate) == ([3.0], [0.0], [2], [0.5])
     assert h.margin == pytest.approx([(p[0] - p[1]).item()])
@@ -591,20 +590,20 @@ def test_norms_by_hand():
 
 def test_queues_that_cannot_be_full_are_no_queues():
     """With room for every token the layer takes the way without queues: the same output, gradients and
-    choices, all kept.
+    choices, none dropped.
     """
     cfg = ModelConfig(
         n_embd=16, n_experts=4, top_k=2, capacity_factor=2.0, eval_capacity_factor=2.0, min_capacity=1
     )
     torch.manual_seed(0)
     layer, x = filled(MoE(cfg)), torch.randn(2, 6, 16)
-    roomy, tight = (MoE(replace(cfg, capacity_factor=factor)) for factor in (2.0, 1.9))
+    roomy, tight = (MoE(replace(cfg, capacity_factor=factor)) for factor in (2.0, 1.5))
     for other in (roomy, tight):
         other.load_state_dict(layer.state_dict())
     free = MoE(replace(cfg, capacity_factor=None))
     free.load_state_dict(layer.state_dict())
     (y, r), (wanted, s) = roomy(x), free(x)
-    assert torch.equal(y, wanted) and r.kept.all() and r.kept.shape == r.expert_ids.shape and s.kept is None
+    assert torch.equal(y, wanted) and r.kept is None and s.kept is None
     assert torch.equal(r.expert_ids, s.expert_ids) and tight(x)[1].kept is not None
 
 

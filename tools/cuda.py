@@ -479,7 +479,8 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
     import torch
     from nanomoe.experts import MoE
     from nanomoe.model import head_loss
-    from nanomoe.metrics import routing_stats
+    from nanomoe.losses import Losses
+    from nanomoe.metrics import step_stats
 
     cfg, where = model.cfg, model.wte.weight.device
     x = torch.randn(B, cfg.block_size, cfg.n_embd, device=where, requires_grad=True)
@@ -506,7 +507,7 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
             experts.forward = kept
 
     def statistics_of():
-        routing_stats((routing,) * len(sparse), cfg)
+        step_stats(Losses(*x.new_zeros(4)), (routing,) * len(sparse))
         wait(dry)
 
     cases = {
