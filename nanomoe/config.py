@@ -15,7 +15,11 @@ from typing import Literal
 # %% ../nbs/30_config.ipynb #model-config
 @dataclass(frozen=True)
 class ModelConfig:
-    "What the network is made of, and how its losses are formed"
+    """What the network is made of, and how its losses are formed
+
+    >>> nanomoe.ModelConfig(n_experts=64, top_k=8).top_k
+    8
+    """
 
     block_size: int = 1024  # T: positions the model can see at once
     vocab_size: int | None = None  # V: entries of the vocabulary; None takes it from the dataset
@@ -63,7 +67,11 @@ class ModelConfig:
 # %% ../nbs/30_config.ipynb #train-config
 @dataclass(frozen=True)
 class TrainConfig:
-    "One run: its data, its schedule, its machine"
+    """One run: its data, its schedule, its machine
+
+    >>> nanomoe.TrainConfig(max_iters=100).max_iters
+    100
+    """
 
     out_dir: str = 'out/run'  # folder of the run; a folder that holds a run is continued
     dataset: str = 'onboard'  # prepared folder, by path or by its name under data/

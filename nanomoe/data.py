@@ -697,6 +697,10 @@ def prepare(
     A source is one of `NAMED`, a file, a folder, a pattern, or a dataset of the hub. `out_dir` defaults to
     `data/NAME`, `tokenizer` to what `NAMED` says, to `gpt2` for the hub and token files, or to a BPE of 4096
     entries.
+
+    >>> manifest = nanomoe.prepare('numbers', tempfile.mkdtemp())
+    >>> list(manifest['splits']['train']['domains'])
+    ['numbers']
     """
     sources, o = (
         [str(source)] if isinstance(source, str | Path) else list(map(str, source)),

@@ -435,7 +435,7 @@ def target_domains(data: TokenFile, starts: np.ndarray, block_size: int) -> Tens
 def fit_vocabulary(cfg: ModelConfig, data: TokenFile) -> ModelConfig:
     """The configuration with the dataset's vocabulary where it names none.
 
-    `BadInput` where its own is too small.
+    Raises `BadInput` where its own is too small.
     """
     if cfg.vocab_size is None:
         return dataclasses.replace(cfg, vocab_size=data.vocab_size)

@@ -180,9 +180,9 @@ def two_layers(
     activation: str,
     ends: Tensor | None = None,
 ) -> Tensor:
-    """All experts on queues (E, S, C).
+    """All experts at once on x (E, S, C), S rows each.
 
-    Or each on its rows of x (M, C), sorted by expert, that end at `ends` (E,).
+    With `ends` (E,), each on its rows of x (M, C), which are sorted by expert and end there.
     """
     expert = None
     if ends is not None and b_in is not None:  # (M,) whose bias each row gets
@@ -216,9 +216,9 @@ class Experts(nn.Module):
         self.proj_bias = nn.Parameter(torch.zeros(E, 1, C)) if cfg.bias else None
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
-        """Queues (E, S, C) -> (E, S, C).
+        """(E, S, C) -> (E, S, C), S rows for each expert.
 
-        Or rows (M, C) sorted by expert, of which expert e's end at ends[e] (int32).
+        With `ends` (E,) int32, rows (M, C) sorted by expert, of which expert e's end at ends[e].
         """
         weights = [
             w if w is None else w.to(x.dtype) for w in (self.c_fc, self.fc_bias, self.c_proj, self.proj_bias)
@@ -336,6 +336,10 @@ class MoE(nn.Module):
 
     Dropless unless a capacity factor is set; then each expert takes S assignments at most. Shared
     experts (2401.06066 §3.2) read every token, as one MLP. Hash routing needs the token `ids` (B, T).
+
+    >>> y, routing = nanomoe.MoE(nanomoe.ModelConfig(n_embd=32, n_experts=4))(torch.zeros(2, 5, 32))
+    >>> y.shape, routing.expert_ids.shape
+    (torch.Size([2, 5, 32]), torch.Size([10, 2]))
     """
 
     def __init__(self, cfg: ModelConfig):

@@ -149,7 +149,7 @@ def architecture(cfg: ModelConfig) -> str:
 def hf_config(cfg: ModelConfig, end: int):
     """The configuration of its equal in `transformers`, `end` being the id of `END`.
 
-    `BadInput` where it has none.
+    Raises `BadInput` where it has none.
     """
     kind, width = architecture(cfg), cfg.expert_width or 4 * cfg.n_embd
     import transformers as t
@@ -449,10 +449,7 @@ def vocabulary(tokenizer) -> str:
 
 # %% ../nbs/40_huggingface.ipynb #write-hf
 def write_hf(folder: Path, model: GPT, tokenizer, config):
-    """An export's files: configuration, weights under their names there, tokenizer, generation.
-
-    And our tokenizer.
-    """
+    "An export's files: configuration, weights under their names there, generation, both tokenizers."
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 

@@ -69,6 +69,13 @@ class GPT(nn.Module):
     """GPT-2's architecture, pre-norm with a tied head, and experts in every `moe_every`-th block.
 
     Positions are learnt or rotary. Raises `BadInput` for a configuration that cannot be built.
+
+    >>> cfg = nanomoe.ModelConfig(vocab_size=100, n_layer=2, n_head=2, n_embd=32, n_experts=4)
+    >>> model = nanomoe.GPT(cfg)
+    >>> idx = torch.zeros(2, 8, dtype=torch.long)
+    >>> out = model(idx, targets=idx)
+    >>> out.logits.shape, out.losses.ce.shape, len(out.routings)
+    (torch.Size([2, 8, 100]), torch.Size([]), 1)
     """
 
     def __init__(self, cfg: ModelConfig):

@@ -524,7 +524,7 @@ class Live:
     def answer(self, path: str, layer: int, step: int) -> tuple[str, str] | None:
         """(kind of content, content) of an address of the page.
 
-        None where there is nothing newer than `step`, `BadInput` while it waits.
+        None where there is nothing newer than `step`. Raises `BadInput` while it waits.
         """
         rows = with_bits(in_order(self.log.read()))
         wait = f'waiting for {harmless(str(self.run))}' + (

@@ -18,7 +18,13 @@ from .config import ModelConfig
 
 # %% ../nbs/01_router.ipynb #routing
 class Routing(NamedTuple):
-    "One MoE layer's decisions for N tokens"
+    """One MoE layer's decisions for N tokens
+
+    >>> cfg = nanomoe.ModelConfig(vocab_size=100, n_layer=2, n_head=2, n_embd=32, n_experts=4)
+    >>> out = nanomoe.GPT(cfg)(torch.zeros(1, 8, dtype=torch.long))
+    >>> out.routings[0].counts().sum()  # 8 tokens, 2 experts each
+    tensor(16.)
+    """
 
     logits: Tensor  # (N, E) float32, before softmax
     probs: Tensor  # (N, E)

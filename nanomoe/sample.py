@@ -82,6 +82,12 @@ def generate(
     positions cannot be shifted. Where `eval_capacity_factor` makes queues, a single token always finds room:
     with the cache the text is another. Only the last position goes through the head. With `compile`, steps of
     one token run compiled, on CUDA as one CUDA graph.
+
+    >>> cfg = nanomoe.ModelConfig(vocab_size=100, n_layer=2, n_head=2, n_embd=32, n_experts=4)
+    >>> model = nanomoe.GPT(cfg)
+    >>> steps = nanomoe.generate(model, torch.zeros(1, 1, dtype=torch.long), 5)
+    >>> [step.ids.shape for step in steps] == [(1,)] * 5
+    True
     """
     size, was_training = model.cfg.block_size, model.training
     room = min(size, idx.size(1) + max_new_tokens)
@@ -125,7 +131,15 @@ def rows_compete(cfg: ModelConfig) -> bool:
 def load(where: str | Path, device: str = 'auto'):
     """(model, tokenizer) of a run or one of its steps, gpt2…, a folder of `transformers` or a ckpt.pt.
 
-    Or `BadInput`.
+    Raises `BadInput` where there is none, or no tokenizer that fits it.
+
+    >>> folder = tempfile.mkdtemp()
+    >>> model_cfg, run = PRESETS['tiny']
+    >>> run = replace(run, out_dir=folder, max_iters=1, warmup_iters=0)
+    >>> records = list(nanomoe.train(model_cfg, run))
+    >>> model, tokenizer = nanomoe.load(folder)
+    >>> tokenizer.encode('7 + 8')
+    [55, 32, 43, 32, 56]
     """
     model, tokenizer = load_model(where), tokenizer_of(where)
     if tokenizer.n_vocab > (V := model.cfg.vocab_size):
@@ -245,7 +259,7 @@ def texts(model: GPT, tokenizer, idx: Tensor, s: Sampling) -> Iterator[Iterator[
 def beginnings(run: str | Path, tokenizer, length: int = 24) -> dict[str, str]:
     """The first tokens of each domain's held-out text, from samples.jsonl of a run.
 
-    `BadInput` where it has none.
+    Raises `BadInput` where it has none.
     """
     folder = resolve(run)
     rows = [row for _, row in log_lines(folder / 'samples.jsonl') if {'domain', 'ids'} <= row.keys()]

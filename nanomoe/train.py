@@ -12,7 +12,7 @@ __all__ = ['evaluate', 'validation_figures', 'Trainer', 'together', 'micro_batch
 
 # %% ../nbs/09_train.ipynb #imports
 import dataclasses, gc, importlib.util, json, math, os, secrets, shlex, subprocess, sys, threading, time
-import traceback
+import traceback, types
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
@@ -648,6 +648,11 @@ def train(
     `begun` is called once everything is ready. Works alone or under torchrun; stopping early, by `break` or
     by a signal, leaves everything in order. Raises `BadInput` for settings that break a rule, and
     `RuntimeError` when the loss stays not finite.
+
+    >>> model_cfg, run = nanomoe.PRESETS['tiny']
+    >>> run = replace(run, out_dir=tempfile.mkdtemp(), max_iters=3, warmup_iters=0)
+    >>> [record.step for record in nanomoe.train(model_cfg, run)]
+    [1, 3]
     """
     check(model_cfg, train_cfg)
     with deterministic(train_cfg.deterministic):
@@ -770,6 +775,15 @@ def train_all(runs: dict[str, str], out_dir: str, jobs: int = 2) -> dict[str, li
         return dict(zip(runs, pool.map(one, runs)))
 
 
+class _Callable(types.ModuleType):
+    "This module, which can be called like the function that it is named after: `nanomoe.train(…)`."
+
+    def __call__(self, *args, **options):
+        return self.train(*args, **options)
+
+
+if '__file__' in globals():  # a module, not a notebook
+    sys.modules[__name__].__class__ = _Callable
 __getattr__ = moved('optim', 'metrics', 'dataset')  # for names imported from here before
 
 # %% ../nbs/09_train.ipynb #main
