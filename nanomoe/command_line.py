@@ -435,7 +435,9 @@ def help_text(program: str, options: str) -> str:
     shown = [f'usage: python -m nanomoe.{program} {p.usage}', f'{p.what[0].upper()}{p.what[1:]}.']
     if program == 'train':
         shown += ['presets, with all and active parameters:\n' + '\n'.join(preset_lines())]
-    options = '\n'.join(line.rstrip() for line in options[options.index('\n options ') :].splitlines())
+    # what tyro prints of a dataclass ends with the example in its docstring
+    options = re.sub(r'\n *\n +>>> [^\n]*\n[^\n]*', '', options[options.index('\n options ') :])
+    options = '\n'.join(line.rstrip() for line in options.splitlines())
     return '\n\n'.join([*shown, 'examples:' + p.examples, options.strip('\n')])
 
 

@@ -151,3 +151,56 @@ def test_a_group_with_a_rate_of_its_own_is_trained_and_resumed(tiny):
         routers = [name for name in weights if '.router.' in name]
         assert routers and all(torch.equal(weights[name], start[name]) for name in routers)
     assert not torch.equal(weights['h.0.mlp.experts.c_fc'], start['h.0.mlp.experts.c_fc'])
+
+
+# ---- another architecture of transformers
+
+
+def test_an_architecture_of_ones_own_is_exported_and_loaded(tmp_path, monkeypatch):
+    "One record more: a Llama whose attention and norms are ours, without the norms of queries and keys."
+    from transformers import AutoModelForCausalLM
+
+    from nanomoe import huggingface
+    from nanomoe.config import TrainConfig, to_dict
+    from nanomoe.huggingface import ARCHITECTURES, load_hf, qwen3_entries, qwen3_shape
+    from nanomoe.model import GPT
+    from nanomoe.pretrained import export_hf
+    from nanomoe.tokenizer import make_tokenizer, save_tokenizer
+
+    def without_qk_norm(config: dict) -> ModelConfig:
+        return replace(qwen3_shape(config | {'model_type': 'qwen3'}), qk_norm=False)
+
+    llama = ARCHITECTURES['qwen3']._replace(
+        config='LlamaConfig',
+        model='LlamaForCausalLM',
+        meant=lambda cfg: cfg.n_experts == 1 and cfg.positions == 'rotary' and not cfg.qk_norm,
+        fixed=dict(norm='rmsnorm', activation='swiglu', bias=False),
+        entries=qwen3_entries,
+        shape=without_qk_norm,
+    )
+    monkeypatch.setattr(huggingface, 'ARCHITECTURES', {'llama': llama} | ARCHITECTURES)
+    cfg = ModelConfig(
+        block_size=32,
+        vocab_size=300,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        positions='rotary',
+        norm='rmsnorm',
+        activation='swiglu',
+        expert_width=24,
+    )
+    torch.manual_seed(0)
+    model = GPT(cfg).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    checkpoint.save(
+        tmp_path / 'run', 1, {'model': model.state_dict()}, {'config': to_dict(cfg, TrainConfig())}
+    )
+    save_tokenizer(make_tokenizer('bytes', [], 0), tmp_path / 'run')
+    assert export_hf(tmp_path / 'run', tmp_path / 'out') < 1e-4
+    idx = torch.arange(20)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
+    assert type(theirs).__name__ == 'LlamaForCausalLM'
+    torch.testing.assert_close(theirs(idx).logits, model(idx).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(load_hf(tmp_path / 'out').eval()(idx).logits, model(idx).logits)

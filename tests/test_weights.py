@@ -559,7 +559,7 @@ def test_a_qwen3_that_ours_is_not(knobs, words, tmp_path):
 
 def test_folders_that_hold_no_model_of_ours(tmp_path, exported):
     LlamaConfig().save_pretrained(tmp_path / 'llama')
-    with pytest.raises(BadInput, match='model_type must be gpt2, qwen3 or qwen3_moe, got llama'):
+    with pytest.raises(BadInput, match='model_type must be one of gpt2, qwen3, qwen3_moe, got llama'):
         load_model(tmp_path / 'llama')
     GPT2Config(**TINY).save_pretrained(tmp_path / 'empty')
     with pytest.raises(BadInput, match='there is no model.*safetensors in it'):
