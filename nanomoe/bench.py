@@ -53,7 +53,7 @@ class Bench:
 
 # %% ../nbs/43_bench.ipynb #make-layer
 def make_layer(name: str, b: Bench) -> torch.nn.Module:
-    """A case: `moe`, dropless; `capacity`, with queues of 1.25 fair shares; `twin`, a dense MLP of width K·F.
+    """A case: `moe`, dropless; `capacity`, with room for 1.25 even shares; `twin`, a dense MLP of width K·F.
 
     `routing` is `moe` with experts that return what they get: all but the matrix products. `moe swiglu` and
     `twin swiglu` have gated experts, as Mixtral's block from `transformers` has them. `original` is nanoMoE's
