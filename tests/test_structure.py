@@ -278,6 +278,42 @@ def test_readme_is_made_from_the_index(tmp_path):
         assert made.read_bytes() == (ROOT / made.relative_to(tmp_path)).read_bytes(), made.name
 
 
+# lines of exported cells with no cell between that runs them, where there are more than 60: these may only
+# fall
+STRETCHES = {
+    '09_train': 411,
+    '37_data': 327,
+    '45_report': 182,
+    '31_presets': 153,
+    '23_sizing': 148,
+    '33_command_line': 126,
+    '43_bench': 117,
+    '40_huggingface': 114,
+    '32_files': 102,
+    '07_model': 97,
+    '36_corpora': 93,
+    '35_dataset': 87,
+    '39_checkpoint': 85,
+    '34_tokenizer': 80,
+    '10_sample': 77,
+    '11_parallel': 72,
+    '05_viz': 63,
+    '42_pretrained': 61,
+}
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_what_is_exported_is_soon_run(path):
+    stretch = longest = 0
+    for cell in cells(path):
+        if cell['id'] in ('imports', 'default-exp'):
+            continue
+        exported = re.search(r'^#\s*\|\s*export', source(cell), re.M)
+        stretch = stretch + source(cell).count('\n') if exported else 0
+        longest = max(longest, stretch)
+    assert longest <= STRETCHES.get(path.stem, 60)
+
+
 def test_code_is_formatted():
     """One statement a line, 110 columns, no unused names: `ruff format` and `ruff check` have nothing to
     change.
