@@ -87,7 +87,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
+        self.n_head, self.n_kv_head = cfg.n_head, cfg.kv_heads
         self.dropout, self.rotary, D = cfg.dropout, cfg.positions == 'rotary', cfg.n_embd // cfg.n_head
         self.c_attn = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * D, bias=cfg.bias)
         self.q_norm, self.k_norm = (HeadNorm(D, eps=1e-5) if cfg.qk_norm else nn.Identity() for _ in 'qk')

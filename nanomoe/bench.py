@@ -176,7 +176,7 @@ def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
     model = GPT(cfg)
     if kind == 'twin' or part == 'twin':
         for i in moe_layers(cfg):
-            model.h[i].mlp = MLP(cfg, cfg.top_k * (cfg.expert_width or 4 * cfg.n_embd))
+            model.h[i].mlp = MLP(cfg, cfg.top_k * cfg.d_expert)
     return model, cfg
 
 # %% ../nbs/43_bench.ipynb #other-models
@@ -188,7 +188,7 @@ def mixtral_model(implementation: str, cfg: ModelConfig) -> torch.nn.Module:
         MixtralConfig(
             vocab_size=cfg.vocab_size,
             hidden_size=cfg.n_embd,
-            intermediate_size=cfg.expert_width or 4 * cfg.n_embd,
+            intermediate_size=cfg.d_expert,
             num_hidden_layers=cfg.n_layer,
             num_attention_heads=cfg.n_head,
             num_key_value_heads=cfg.n_head,
@@ -205,7 +205,7 @@ def mixtral_model(implementation: str, cfg: ModelConfig) -> torch.nn.Module:
 
 def original_model(b: Bench, cfg: ModelConfig) -> torch.nn.Module:
     "nanoMoE's own model of the preset; raises `BadInput` for one with parts that it has not."
-    if cfg.positions != 'learned' or cfg.expert_width not in (None, 4 * cfg.n_embd):
+    if cfg.positions != 'learned' or cfg.d_expert != 4 * cfg.n_embd:
         raise BadInput(
             f'preset {b.preset} has parts that nanoMoE has not; with --against take nano_moe or tiny'
         )

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import BadInput, ModelConfig, moved
+from .config import BadInput, ModelConfig, moved, of_earlier
 from .files import fsync, read_sealed, say, sealed, sha256
 from .model import GPT
 
@@ -131,6 +131,8 @@ def load(path: Path) -> Checkpoint:
         tensors = {Path(name).stem: load_file(path / name) for name in meta['sha256']}
         if re.fullmatch(r'step-\d{8,}', path.name) and step_of(path) != meta['step']:
             raise ValueError(f'{path} is the checkpoint of step {meta["step"]} under another name')
+        if isinstance(meta.get('config'), dict):
+            meta['config'] = of_earlier(meta['config'])
         return Checkpoint(path, meta['step'], meta, tensors)
     except (KeyError, TypeError, AttributeError, SafetensorError, OSError) as e:
         raise ValueError(f'{path} holds no checkpoint ({type(e).__name__}: {e})') from None

@@ -24,6 +24,9 @@ from nanomoe.config import (
     check_name,
     field_names,
     nearest,
+    no_option,
+    of_earlier,
+    renamed_value,
     to_dict,
 )
 from .files import home, write_whole
@@ -145,6 +148,8 @@ def starting_point(word: str) -> tuple[ModelConfig, TrainConfig, list[str]]:
         raise BadInput(f'{word} is not valid {path.suffix[1:]}: {e}') from None
     if not isinstance(values, dict):
         raise BadInput(f'{word} must hold one table of knobs, got a {type(values).__name__}')
+    if path.suffix == '.json':
+        values = of_earlier(values)  # the config.json of a run
     base = values.pop('preset', None)
     if base is not None and str(base) not in PRESETS:
         raise BadInput(f'{word} names the preset {base}, which does not exist{nearest(str(base), PRESETS)}')
@@ -178,7 +183,7 @@ def flattened(values: dict) -> dict:
             if key in TABLES:
                 check_place(name, key)
             elif name not in field_names():
-                raise BadInput(f'there is no option {name}{nearest(name, field_names())}')
+                raise BadInput(no_option(name, field_names()))
             if name in flat:
                 raise BadInput(f'{name} is set twice')
             flat[name] = None if v == 'None' else v
@@ -195,7 +200,7 @@ def check_place(name: str, table: str):
     raise BadInput(
         f'{name} belongs in [{other}], got it in [{table}]'
         if other
-        else f'there is no option {name} in [{table}]{nearest(name, field_names(TABLES[table]))}'
+        else no_option(name, field_names(TABLES[table])).replace(name, f'{name} in [{table}]', 1)
     )
 
 
@@ -236,7 +241,9 @@ def from_command_line(cls, default, argv: list[str], program: str):
             raise
         sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', said.getvalue())[1]  # between title and next rule
         hint = '; weights to begin from are named by --init_from' if "'--init'" in sentence else ''
-        raise BadInput(' '.join(sentence.split()) + hint) from None
+        wrong = re.search("invalid choice '(.+?)' for argument '--(.+?)'", sentence)
+        hint += renamed_value(wrong[2], wrong[1]) if wrong else ''
+        raise BadInput(' '.join(sentence.split()).rstrip('.') + hint) from None
 
 
 def option_names(cls) -> list[str]:

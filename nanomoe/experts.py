@@ -43,7 +43,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig, width: int | None = None):
         super().__init__()
-        width = width or 4 * cfg.n_embd
+        width = width or cfg.d_ff
         self.activation, self.dropout = cfg.activation, cfg.dropout
         self.c_fc = nn.Linear(cfg.n_embd, n_inputs(width, cfg.activation), bias=cfg.bias)
         self.c_proj = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
@@ -207,7 +207,7 @@ class Experts(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        E, C, width = cfg.n_experts, cfg.n_embd, cfg.expert_width or 4 * cfg.n_embd
+        E, C, width = cfg.n_experts, cfg.n_embd, cfg.d_expert
         self.activation, self.dropout = cfg.activation, cfg.dropout
         inputs = n_inputs(width, cfg.activation)
         self.c_fc = nn.Parameter(torch.empty(E, C, inputs))
@@ -345,7 +345,7 @@ class MoE(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg, self.router, self.experts = cfg, make_router(cfg), Experts(cfg)
-        shared = cfg.n_shared_experts * (cfg.expert_width or 4 * cfg.n_embd)
+        shared = cfg.n_shared_experts * cfg.d_expert
         self.shared = MLP(cfg, shared) if shared else None
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Routing]:

@@ -94,7 +94,7 @@ def to_qwen3(model: GPT) -> dict[str, Tensor]:
     own.
     """
     cfg, ours, weights = model.cfg, model.state_dict(), {}
-    D, kv = cfg.n_embd // cfg.n_head, cfg.n_kv_head or cfg.n_head
+    D, kv = cfg.n_embd // cfg.n_head, cfg.kv_heads
     for name, parts in qwen3_names(cfg).items():
         rows = ours[name]
         if rows.dim() == 3:
@@ -129,7 +129,7 @@ def demand(config: dict, **allowed):
 
 
 def hidden_width(width: int | None, C: int) -> int | None:
-    "What `expert_width` says of an MLP this wide: None for the usual 4 C."
+    "`mlp_width` of an MLP this wide: None for the usual 4 C."
     return None if width == 4 * C else width
 
 
@@ -140,7 +140,7 @@ def gpt2_entries(cfg: ModelConfig) -> dict:
         n_embd=cfg.n_embd,
         n_layer=cfg.n_layer,
         n_head=cfg.n_head,
-        n_inner=cfg.expert_width or 4 * cfg.n_embd,
+        n_inner=cfg.d_ff,
         activation_function={'gelu': 'gelu', 'gelu_tanh': 'gelu_new'}[cfg.activation],
         bias=cfg.bias,
         resid_pdrop=cfg.dropout,
@@ -169,8 +169,9 @@ def gpt2_shape(config: dict) -> ModelConfig:
         **same,
         block_size=config['n_positions'],
         bias=config.get('bias', True),
-        expert_width=hidden_width(config['n_inner'], config['n_embd']),
+        mlp_width=hidden_width(config['n_inner'], config['n_embd']),
         activation=known[kind],
+        n_experts=1,
     )
 
 # %% ../nbs/40_huggingface.ipynb #qwen3-shape
@@ -179,10 +180,10 @@ def qwen3_entries(cfg: ModelConfig) -> dict:
     return dict(
         max_position_embeddings=cfg.block_size,
         hidden_size=cfg.n_embd,
-        intermediate_size=cfg.expert_width or 4 * cfg.n_embd,
+        intermediate_size=cfg.d_ff,
         num_hidden_layers=cfg.n_layer,
         num_attention_heads=cfg.n_head,
-        num_key_value_heads=cfg.n_kv_head or cfg.n_head,
+        num_key_value_heads=cfg.kv_heads,
         head_dim=cfg.n_embd // cfg.n_head,
         rms_norm_eps=1e-5,
         rope_theta=10_000.0,
@@ -190,14 +191,13 @@ def qwen3_entries(cfg: ModelConfig) -> dict:
 
 
 def qwen3_moe_entries(cfg: ModelConfig) -> dict:
-    "The same of a Qwen3-MoE: its layers without experts have an MLP of the usual width."
+    "The same of a Qwen3-MoE."
     return qwen3_entries(cfg) | dict(
-        intermediate_size=4 * cfg.n_embd,
-        moe_intermediate_size=cfg.expert_width or 4 * cfg.n_embd,
+        moe_intermediate_size=cfg.d_expert,
         mlp_only_layers=sorted(set(range(cfg.n_layer)) - set(moe_layers(cfg))),
         num_experts=cfg.n_experts,
         num_experts_per_tok=cfg.top_k,
-        norm_topk_prob=cfg.gates == 'chosen',
+        norm_topk_prob=cfg.norm_topk_prob,
     )
 
 
@@ -231,27 +231,28 @@ def qwen3_shape(config: dict) -> ModelConfig:
         norm='rmsnorm',
         activation='swiglu',
         qk_norm=True,
-        expert_width=hidden_width(config['intermediate_size'], C),
+        mlp_width=hidden_width(config['intermediate_size'], C),
+        n_experts=1,
     )
     return cfg if config['model_type'] == 'qwen3' else with_experts(cfg, config)
 
 
 def with_experts(cfg: ModelConfig, config: dict) -> ModelConfig:
     "The shape with the experts that a Qwen3-MoE's configuration describes."
-    C, n, plain = cfg.n_embd, cfg.n_layer, config['mlp_only_layers']
-    if plain:
-        demand(config, intermediate_size=4 * C)
+    n, plain, width = cfg.n_layer, config['mlp_only_layers'], config['moe_intermediate_size']
     sparse = [i for i in range(n) if i not in plain]
     every = next((step for step in range(1, n + 1) if sparse == [*range(0, n, step)]), None)
     if every is None:
         raise BadInput(f'mlp_only_layers must leave every n-th layer from the first, got {plain}')
+    dense = cfg.mlp_width if plain else None
     return replace(
         cfg,
+        mlp_width=dense,
         n_experts=config.get('num_local_experts') or config['num_experts'],
         moe_every=every,
         top_k=config['num_experts_per_tok'],
-        gates='chosen' if config['norm_topk_prob'] else 'all',
-        expert_width=hidden_width(config['moe_intermediate_size'], C),
+        norm_topk_prob=config['norm_topk_prob'],
+        expert_width=None if width == (dense or 4 * cfg.n_embd) else width,
     )
 
 # %% ../nbs/40_huggingface.ipynb #architecture
@@ -277,7 +278,7 @@ def gpt2_limits(cfg: ModelConfig) -> list[str]:
 
 
 def qwen3_moe_limits(cfg: ModelConfig) -> list[str]:
-    width = cfg.expert_width or 4 * cfg.n_embd
+    width = cfg.d_expert
     uneven = cfg.n_embd % 4 or width % 4  # its grouped product takes rows of 16 bytes
     wrong = [f'n_embd and expert_width in multiples of 4 (here {cfg.n_embd} and {width})'] * bool(uneven)
     return wrong + ['balance other than bias'] * (cfg.balance == 'bias')

@@ -83,8 +83,8 @@ class Losses(NamedTuple):
 
     total: Tensor  # ce + weights × sums over layers: this is differentiated
     ce: Tensor  # mean cross-entropy in nats: only this is ever reported as a loss
-    balance: Tensor  # mean over layers
-    z: Tensor  # mean over layers
+    balance_loss: Tensor  # mean over layers
+    z_loss: Tensor  # mean over layers
 
 
 def measure_balance(
@@ -96,7 +96,7 @@ def measure_balance(
     """
     if cfg.balance == 'nano_moe':
         return nano_moe_balance_loss(r)
-    if cfg.balance == 'sequence':
+    if cfg.balance_over == 'sequence':
         return sequence_balance_loss(r, n_rows, counted)
     if counts is None and cfg.balance_over == 'global' and torch.is_grad_enabled() and dist.is_initialized():
         dist.all_reduce(counts := r.counts(counted))
@@ -128,5 +128,7 @@ def total_loss(
         ]
     )
     z = torch.stack([z_loss(r, counted) for r in routings])  # (L,)
-    weight = 0.0 if cfg.balance in ('none', 'bias') else cfg.balance_weight
-    return Losses(ce + weight * balance.sum() + cfg.z_weight * z.sum(), ce, balance.mean(), z.mean())
+    weight = 0.0 if cfg.balance in ('none', 'bias') else cfg.aux_loss_weight
+    return Losses(
+        ce + weight * balance.sum() + cfg.router_z_loss_weight * z.sum(), ce, balance.mean(), z.mean()
+    )

@@ -48,7 +48,7 @@ def step_stats(losses: Losses, routings: Sequence[Routing]) -> StepStats:
     layers = [layer_stats(r) for r in routings]
     empty = losses.ce.new_zeros(0)
     columns = [torch.stack(column) for column in zip(*layers)] or [empty.view(0, 1)] + [empty] * 5
-    return StepStats(*(t.detach().float() for t in (losses.ce, losses.balance, losses.z, *columns)))
+    return StepStats(*(t.detach().float() for t in (losses.ce, losses.balance_loss, losses.z_loss, *columns)))
 
 
 def layer_stats(r: Routing) -> tuple[Tensor, ...]:
@@ -108,8 +108,8 @@ class Record(NamedTuple):
     step: int  # updates done
     tokens: int = 0  # targets trained on so far
     ce: float | None = None  # nats per token, mean over the step's micro-batches
-    balance: float | None = None  # mean over layers
-    z: float | None = None  # mean over layers
+    balance_loss: float | None = None  # mean over layers
+    z_loss: float | None = None  # mean over layers
     load: list[list[int]] | None = None  # (L, E) choices each expert got in the step
     drop_rate: float | None = None  # share of choices dropped, 0-1
     entropy: float | None = None  # of the router's probabilities, nats, mean over tokens and layers

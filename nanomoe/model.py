@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.ln_1 = make_norm(cfg)
         self.attn = CausalSelfAttention(cfg)
         self.ln_2 = make_norm(cfg)
-        self.mlp = MoE(cfg) if sparse else MLP(cfg, cfg.expert_width if cfg.n_experts == 1 else None)
+        self.mlp = MoE(cfg) if sparse else MLP(cfg)
 
     def forward(
         self, x: Tensor, cache: KVCache | None = None, ids: Tensor | None = None
@@ -137,7 +137,7 @@ class GPT(nn.Module):
 def initialise(model: GPT, cfg: ModelConfig):
     """GPT-2's init: N(0, 0.02), and N(0, 0.02/√(2·n_layer)) for what writes to the stream; biases 0.
 
-    `init='switch'` draws every matrix but positions from a truncated normal of std √(scale/fan_in) first
+    `init='switch'` draws every matrix but positions from a truncated normal of std 1/√fan_in first
     (2101.03961 §2.4). As in nanoMoE that reaches the tied embedding too, and not what writes to the stream.
     """
     for name, p in model.named_parameters():
@@ -154,7 +154,7 @@ def matrix_init(p: Tensor, cfg: ModelConfig, fan_in: int, switch: bool):
     if not switch:
         nn.init.normal_(p, std=0.02)
     else:
-        std = math.sqrt(cfg.init_scale / fan_in)
+        std = fan_in**-0.5
         nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std)
 
 # %% ../nbs/07_model.ipynb #count
@@ -179,15 +179,15 @@ def flops_per_token(cfg: ModelConfig) -> int:
 
     PaLM (2204.02311) appendix B. Only the experts a token visits count, and the shared ones.
     """
-    C, width, sparse = cfg.n_embd, cfg.expert_width or 4 * cfg.n_embd, len(moe_layers(cfg))
+    C, width, sparse = cfg.n_embd, cfg.d_expert, len(moe_layers(cfg))
 
     def mlp(width):
         return C * (n_inputs(width, cfg.activation) + width)
 
-    attention = 2 * C * C + 2 * C * C * (cfg.n_kv_head or cfg.n_head) // cfg.n_head
+    attention = 2 * C * C + 2 * C * C * cfg.kv_heads // cfg.n_head
     scores = 0 if cfg.router == 'hash' else C * cfg.n_experts * (2 if cfg.router == 'noisy' else 1)
     weights = cfg.n_layer * attention + cfg.vocab_size * C
-    weights += (cfg.n_layer - sparse) * mlp(width if cfg.n_experts == 1 else 4 * C)
+    weights += (cfg.n_layer - sparse) * mlp(cfg.d_ff)
     weights += sparse * (
         round(experts_per_token(cfg) * mlp(width)) + cfg.n_shared_experts * mlp(width) + scores
     )

@@ -10,25 +10,50 @@ from dataclasses import replace
 
 from .config import ModelConfig, TrainConfig
 
+# %% ../nbs/31_presets.ipynb #gpt2-sizes
+GPT2_SIZES = {
+    'gpt2': (12, 12, 768),
+    'gpt2-medium': (24, 16, 1024),
+    'gpt2-large': (36, 20, 1280),
+    'gpt2-xl': (48, 25, 1600),
+}
+
+
+def gpt2_config(name: str) -> ModelConfig:
+    "The shape of one of OpenAI's four GPT-2 models, `gpt2` (124M parameters) to `gpt2-xl` (1558M)."
+    layers, heads, width = GPT2_SIZES[name]
+    return ModelConfig(
+        block_size=1024,
+        n_layer=layers,
+        n_head=heads,
+        n_embd=width,
+        vocab_size=50257,
+        bias=True,
+        activation='gelu_tanh',
+        n_experts=1,
+    )
+
 # %% ../nbs/31_presets.ipynb #presets
-_original = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=50304)  # nanoMoE's published run
-_onboard = dict(block_size=256, n_layer=4, n_head=4, n_embd=128, n_experts=8, moe_every=1)
-_onboard_run = TrainConfig(
-    dataset='onboard',
-    max_iters=500,
-    batch_size=4,
-    gradient_accumulation_steps=2,
-    optimizer='muon',
-    learning_rate=1e-2,
-    min_lr=0.0,
-    warmup_iters=30,
-    eval_interval=100,
-    eval_iters=16,
-    log_interval=10,
-    checkpoint_interval=100,
+_gpt2_run = dict(  # nanoGPT's defaults
+    dataset='openwebtext',
+    max_iters=600000,
+    batch_size=12,
+    gradient_accumulation_steps=40,
+    learning_rate=6e-4,
+    min_lr=6e-5,
+    warmup_iters=2000,
+    eval_interval=2000,
+    eval_iters=200,
+    checkpoint_interval=2000,
 )
-_parts_of_qwen3 = dict(positions='rotary', norm='rmsnorm', qk_norm=True, activation='swiglu', gates='chosen')
-_baseline = dict(batch_size=8, eval_iters=500, eval_only=True, dataset='openwebtext')
+_original = dict(
+    block_size=1024, n_layer=6, n_head=6, n_embd=384, vocab_size=50304
+)  # nanoMoE's published run
+_onboard_run = TrainConfig(optimizer='muon', learning_rate=1e-2)
+_parts_of_qwen3 = dict(
+    positions='rotary', norm='rmsnorm', qk_norm=True, activation='swiglu', norm_topk_prob=True
+)
+_baseline = _gpt2_run | dict(batch_size=8, eval_iters=500, eval_only=True)
 _presets = {
     'tiny': (
         ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, n_experts=4, moe_every=1),
@@ -47,23 +72,23 @@ _presets = {
             dtype='float32',
         ),
     ),
-    'onboard': (ModelConfig(**_onboard, expert_width=128, positions='rotary'), _onboard_run),
-    'onboard_modern': (ModelConfig(**_onboard, **_parts_of_qwen3, expert_width=88), _onboard_run),
+    'onboard': (ModelConfig(moe_every=1, expert_width=128, positions='rotary'), _onboard_run),
+    'onboard_modern': (ModelConfig(**_parts_of_qwen3, moe_every=1, expert_width=88), _onboard_run),
     'nano_moe': (
         ModelConfig(
             **_original,
             n_experts=8,
-            gates='chosen',
+            norm_topk_prob=True,
             capacity_factor=1.25,
             eval_capacity_factor=2.0,
             balance='nano_moe',
             init='switch',
         ),
-        TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500),
+        TrainConfig(**_gpt2_run | dict(max_iters=50000, eval_interval=500)),
     ),
     'nano_moe_dense': (
-        ModelConfig(**_original),
-        TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500),
+        ModelConfig(**_original, n_experts=1),
+        TrainConfig(**_gpt2_run | dict(max_iters=50000, eval_interval=500)),
     ),
     'modern': (
         ModelConfig(
@@ -76,11 +101,14 @@ _presets = {
             moe_every=1,
             balance_over='global',
         ),
-        TrainConfig(dataset='openwebtext', max_iters=50000, eval_interval=500),
+        TrainConfig(**_gpt2_run | dict(max_iters=50000, eval_interval=500)),
     ),
-    'gpt2': (ModelConfig(vocab_size=50304), TrainConfig(dataset='openwebtext', eval_interval=1000)),
+    'gpt2': (
+        replace(gpt2_config('gpt2'), vocab_size=50304, bias=False, activation='gelu'),
+        TrainConfig(**_gpt2_run | dict(eval_interval=1000)),
+    ),
     'shakespeare': (
-        ModelConfig(block_size=256, n_layer=4, n_head=4, n_embd=256, dropout=0.2, n_experts=8),
+        ModelConfig(n_embd=256, dropout=0.2),
         TrainConfig(
             dataset='shakespeare',
             max_iters=1000,
@@ -95,7 +123,7 @@ _presets = {
         ),
     ),
     'shakespeare_char': (
-        ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+        ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, n_experts=1),
         TrainConfig(
             dataset='shakespeare_char',
             max_iters=5000,
@@ -106,28 +134,13 @@ _presets = {
             beta2=0.99,
             warmup_iters=100,
             eval_interval=250,
+            eval_iters=200,
             checkpoint_interval=250,
         ),
     ),
 }
 
 # %% ../nbs/31_presets.ipynb #gpt2-presets
-GPT2_SIZES = {
-    'gpt2': (12, 12, 768),
-    'gpt2-medium': (24, 16, 1024),
-    'gpt2-large': (36, 20, 1280),
-    'gpt2-xl': (48, 25, 1600),
-}
-
-
-def gpt2_config(name: str) -> ModelConfig:
-    "The shape of one of OpenAI's four GPT-2 models, `gpt2` (124M parameters) to `gpt2-xl` (1558M)."
-    layers, heads, width = GPT2_SIZES[name]
-    return ModelConfig(
-        n_layer=layers, n_head=heads, n_embd=width, vocab_size=50257, bias=True, activation='gelu_tanh'
-    )
-
-
 for _name in GPT2_SIZES:
     _presets['eval_' + _name.replace('-', '_')] = (
         gpt2_config(_name),
@@ -137,6 +150,7 @@ _presets['finetune_shakespeare'] = (
     gpt2_config('gpt2-xl'),
     TrainConfig(
         dataset='shakespeare_gpt2',
+        min_lr=6e-5,
         init_from='gpt2-xl',
         max_iters=20,
         batch_size=1,
@@ -173,9 +187,9 @@ VOCABULARIES = {'numbers': 257, 'shakespeare_char': 66, 'onboard': 4096, 'shakes
 
 def weights_by_part(cfg: ModelConfig, vocab_size: int = 4096) -> dict[str, int]:
     "Weights of each part of a model; `vocab_size` is used where the configuration leaves it to the data."
-    C, n, width = cfg.n_embd, cfg.n_layer, cfg.expert_width or 4 * cfg.n_embd
+    C, n, width = cfg.n_embd, cfg.n_layer, cfg.d_expert
     sparse = len(range(0, n, cfg.moe_every)) if cfg.n_experts > 1 else 0
-    keys = C * (cfg.n_kv_head or cfg.n_head) // cfg.n_head
+    keys = C * cfg.kv_heads // cfg.n_head
     norm = C * (2 if cfg.bias and cfg.norm == 'layernorm' else 1)
 
     def mlp(F):
@@ -188,7 +202,7 @@ def weights_by_part(cfg: ModelConfig, vocab_size: int = 4096) -> dict[str, int]:
         'positions': cfg.block_size * C * (cfg.positions == 'learned'),
         'attention': n * attention,
         'norms': (2 * n + 1) * norm,
-        'dense MLPs': (n - sparse) * mlp(width if cfg.n_experts == 1 else 4 * C),
+        'dense MLPs': (n - sparse) * mlp(cfg.d_ff),
         'routers': sparse * C * cfg.n_experts * {'hash': 0, 'noisy': 2}.get(cfg.router, 1),
         'shared experts': sparse * mlp(cfg.n_shared_experts * width) * (cfg.n_shared_experts > 0),
         'experts': sparse * cfg.n_experts * mlp(width),

@@ -45,23 +45,22 @@ def nanomoe_config(flat: dict) -> ModelConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
     }
     if flat.get('n_exp', 1) == 1:
-        return ModelConfig(**shape)  # nanoGPT knows no experts
+        return ModelConfig(**shape, n_experts=1)  # nanoGPT knows no experts
     return ModelConfig(
         **shape,
         top_k=flat['top_k'],
         min_capacity=flat['min_capacity'],
         n_experts=flat['n_exp'],
         moe_every=flat['stride'],
-        gates='chosen',
+        norm_topk_prob=True,
         router='noisy' if flat['use_noisy_top_k'] else 'softmax',
         router_float32=flat['router_use_full_prec'],
         capacity_factor=flat['train_capacity'],
         eval_capacity_factor=flat['eval_capacity'],
         balance='nano_moe' if flat['use_aux_loss'] else 'none',
-        balance_weight=flat['aux_loss_weight'],
-        z_weight=flat['router_z_loss_weight'] if flat['use_router_z_loss'] else 0.0,
+        aux_loss_weight=flat['aux_loss_weight'],
+        router_z_loss_weight=flat['router_z_loss_weight'] if flat['use_router_z_loss'] else 0.0,
         init='switch' if flat['use_switch_tfm_init'] else 'gpt2',
-        init_scale=flat['switch_tfm_init_scale'],
     )
 
 # %% ../nbs/42_pretrained.ipynb #from-nanomoe

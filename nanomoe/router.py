@@ -56,12 +56,16 @@ class Routing(NamedTuple):
 
 # %% ../nbs/01_router.ipynb #choose
 def choose(
-    logits: Tensor, top_k: int, gates: str = 'all', score: str = 'softmax', bias: Tensor | None = None
+    logits: Tensor,
+    top_k: int,
+    norm_topk_prob: bool = False,
+    score: str = 'softmax',
+    bias: Tensor | None = None,
 ) -> Routing:
     """Route by router logits (N, E) to the `top_k` experts of each token.
 
-    `gates='all'`: a choice's weight is its score, for softmax its share among all E (Switch, 2101.03961 eq.
-    2). `gates='chosen'`: the weights of the K chosen sum to 1 (1701.06538 eq. 3-5; Mixtral).
+    A gate is the score of the chosen expert: for softmax its share among all E (Switch, 2101.03961 eq. 2), or
+    with `norm_topk_prob` among the K chosen, so that they sum to 1 (1701.06538 eq. 3-5; Mixtral).
     `score='sigmoid'`: each expert is scored on its own (DeepSeek-V3, 2412.19437 eq. 12-15). Shares of
     sigmoids are taken by logarithms: in float32 a sigmoid is 0 from about -90 down, and 0/0 would be NaN.
     `bias` (E,) is added to the scores for choosing, never to the gates (2408.15664).
@@ -69,7 +73,7 @@ def choose(
     scores = logits.softmax(-1) if score == 'softmax' else logits.sigmoid()  # (N, E)
     expert_ids = (logits if bias is None else scores + bias).topk(top_k, dim=-1).indices  # (N, K)
     logs = logits if score == 'softmax' else F.logsigmoid(logits)  # a softmax of these: scores / their sum
-    weights = logs.gather(-1, expert_ids).softmax(-1) if gates == 'chosen' else scores.gather(-1, expert_ids)
+    weights = logs.gather(-1, expert_ids).softmax(-1) if norm_topk_prob else scores.gather(-1, expert_ids)
     return Routing(logits, scores if score == 'softmax' else logs.softmax(-1), expert_ids, weights)
 
 # %% ../nbs/01_router.ipynb #top-k-router
@@ -89,7 +93,7 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Routing:
         kind = 'sigmoid' if self.cfg.router == 'sigmoid' else 'softmax'
-        return choose(self.logits(x), self.cfg.top_k, self.cfg.gates, kind, self.bias)
+        return choose(self.logits(x), self.cfg.top_k, self.cfg.norm_topk_prob, kind, self.bias)
 
     def logits(self, x: Tensor) -> Tensor:
         "Scores (N, E) in float32 or better, with jitter (Switch, 2101.03961 §2.4) and noise in training."

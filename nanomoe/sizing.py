@@ -43,16 +43,15 @@ def state_bytes(cfg: ModelConfig, optimizer: str = 'adamw') -> dict[str, int]:
 # %% ../nbs/23_sizing.ipynb #kept
 def kept_bytes(cfg: ModelConfig, a: int = 4) -> dict[str, float]:
     "Bytes per token that forward keeps for backward, by part; products are in `a` bytes, 2 under bfloat16."
-    C, width, sparse = cfg.n_embd, cfg.expert_width or 4 * cfg.n_embd, len(moe_layers(cfg))
-    keys, hidden = C * (cfg.n_kv_head or cfg.n_head) / cfg.n_head, 4 if cfg.activation == 'swiglu' else 2
+    C, width, sparse = cfg.n_embd, cfg.d_expert, len(moe_layers(cfg))
+    keys, hidden = C * cfg.kv_heads / cfg.n_head, 4 if cfg.activation == 'swiglu' else 2
     turned = (2 * C + keys) * (cfg.positions == 'rotary' or cfg.qk_norm) + (C + keys) * cfg.qk_norm
     K, kept = cfg.top_k, cfg.top_k * min(cfg.capacity_factor or 1, 1)  # rows per token, at most
     rows = kept * (2 * C + hidden * width) + hidden * cfg.n_shared_experts * width
-    dense = width if cfg.n_experts == 1 else 4 * C
     return {
         'norms': 4 * C * (2 * cfg.n_layer + 1) * (1 if cfg.norm == 'layernorm' else 2),
         'attention': cfg.n_layer * (a * (3 * C + 2 * keys + turned) + 4 * cfg.n_head),
-        'MLPs': (cfg.n_layer - sparse) * a * (C + hidden * dense),
+        'MLPs': (cfg.n_layer - sparse) * a * (C + hidden * cfg.d_ff),
         'routers': sparse * (4 * C + 8 * cfg.n_experts + 40 * K),  # the router reads float32
         'experts': sparse * a * rows,
     }

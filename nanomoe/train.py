@@ -528,8 +528,8 @@ def make_record(run: Trainer, stats: StepStats, norm: float, tok_per_s: float) -
         step=run.step,
         tokens=run.step * run.tokens_per_step,
         ce=ce,
-        balance=balance,
-        z=z,
+        balance_loss=balance,
+        z_loss=z,
         load=stats.counts.int().tolist(),
         drop_rate=mean(each.drop_rate),
         entropy=mean(each.entropy),
@@ -942,7 +942,7 @@ def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
     try:
         return wandb.init(
             project='nanomoe',
-            name=cfg.run_name or folder.name,
+            name=folder.name,
             id=note.read_text().strip(),
             resume='allow',
             config=to_dict(model_cfg, cfg),

@@ -23,8 +23,7 @@ def check_alike(have: ModelConfig, cfg: ModelConfig, source: str):
 # %% ../nbs/41_upcycle.ipynb #check-upcycling
 def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
     "How many slices each MLP is cut into, G; raises `BadInput` with the first rule that stands in the way."
-    C, width = cfg.n_embd, dense.expert_width or 4 * dense.n_embd
-    F = cfg.expert_width or 4 * C
+    width, F = dense.d_ff, cfg.d_expert
 
     def need(ok, rule, got):
         if not ok:
@@ -38,10 +37,9 @@ def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
     )
     need(cfg.router != 'expert_choice', 'router must let tokens choose for experts made of MLPs', cfg.router)
     need(
-        len(moe_layers(cfg)) == cfg.n_layer or width == 4 * C,
-        f'moe_every must be 1, as layers without experts '
-        f"would be {4 * C} wide and the dense model's are {width}",
-        cfg.moe_every,
+        len(moe_layers(cfg)) == cfg.n_layer or width == cfg.d_ff,
+        f'mlp_width must be {width} as in the dense model',
+        cfg.d_ff,
     )
     need(width % F == 0, f"expert_width must divide the dense model's {width}", F)
     for knob in ('n_experts', 'top_k'):
@@ -83,16 +81,16 @@ def in_groups(moe: MoE, cfg: ModelConfig, G: int) -> dict[str, Tensor]:
     if cfg.router == 'hash':
         return {}
     rows = moe.router.score.weight[::G].repeat_interleave(G, 0)  # (E, C)
-    return {'router.score.weight': rows * (1.0 if cfg.gates == 'chosen' else 0.01)}
+    return {'router.score.weight': rows * (1.0 if cfg.norm_topk_prob else 0.01)}
 
 # %% ../nbs/41_upcycle.ipynb #upcycle
 def upcycle(dense: GPT, cfg: ModelConfig) -> GPT:
     """The model of shape `cfg` whose experts are the dense one's MLPs (2212.05055), or G slices each
     (2410.07524).
 
-    Dropless and with gates='chosen' it computes what the dense model does. With gates='all' the gates are
-    small: what experts write is raised, for routers that are undecided at first. Raises `BadInput` where it
-    cannot be.
+    Dropless and with norm_topk_prob=True it computes what the dense model does. With norm_topk_prob=False the
+    gates are small: what experts write is raised, for routers that are undecided at first. Raises `BadInput`
+    where it cannot be.
     """
     check_alike(dense.cfg, cfg, 'the dense model')
     G, sparse = check_upcycling(dense.cfg, cfg), GPT(cfg)
@@ -106,6 +104,6 @@ def upcycle(dense: GPT, cfg: ModelConfig) -> GPT:
 
 def gate_sum(cfg: ModelConfig) -> float:
     "What a token's K gates add up to at the start: 1, or K gates of an undecided router."
-    if cfg.gates == 'chosen' or cfg.router == 'hash':
+    if cfg.norm_topk_prob or cfg.router == 'hash':
         return 1.0
     return cfg.top_k * (0.5 if cfg.router == 'sigmoid' else 1 / cfg.n_experts)

@@ -502,7 +502,7 @@ def draw_stack(cfg: ModelConfig, sparse: list[bool], box, arrow):
 # %% ../nbs/05_viz.ipynb #draw-experts
 def draw_experts(cfg: ModelConfig, box, arrow):
     "Right part of the architecture: one token's way to K of E experts, of which at most 8 are drawn."
-    n, width = cfg.n_experts, cfg.expert_width or 4 * cfg.n_embd
+    n, width = cfg.n_experts, cfg.d_expert
     numbers = list(range(n)) if n <= 8 else [0, 1, 2, 3, 4, 5, None, n - 1]
     slot = 57 / len(numbers)
     K = cfg.top_k if n <= 8 else min(cfg.top_k, 4)

@@ -38,6 +38,13 @@ BAD = {
     'no choices': (train, 'tiny --top_k=0', 'top_k must be between 1 and n_experts=4, got 0'),
     'misspelt knob': (train, 'tiny --n_embed 3', 'there is no option --n_embed; did you mean n_embd?'),
     'unknown knob': (train, 'tiny --quux 3', 'there is no option --quux'),
+    'renamed option': (
+        train,
+        'tiny --gates all',
+        'there is no option --gates; it is called --norm_topk_prob now',
+    ),
+    'renamed value': (train, 'tiny --balance sequence', 'it is called balance_over=sequence now'),
+    'removed option': (train, 'tiny --run_name x', 'a run has the name of its folder, out_dir'),
     'misspelt preset': (train, 'nanomoe', 'there is no preset nanomoe; did you mean nano_moe?'),
     'heads do not divide': (train, 'tiny --n_head 3', 'n_embd must be a multiple of n_head=3, got 32'),
     'no capacity': (
@@ -66,7 +73,11 @@ BAD = {
         f'seed must be at least 0 and below 2**64, got {2**64}',
     ),
     'a seed too large to draw': (sample, f'out/x --seed {2**64}', 'seed must be at least 0 and below 2**64'),
-    'one renormalised gate': (train, 'tiny --top_k 1 --gates chosen', "gates must be 'all' when top_k=1"),
+    'one renormalised gate': (
+        train,
+        'tiny --top_k 1 --norm_topk_prob True',
+        'norm_topk_prob must be False when top_k=1',
+    ),
     'missing dataset': (
         train,
         'tiny --dataset nowhere',
@@ -653,7 +664,7 @@ def test_a_forgotten_hyphen(capsys):
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_printed_settings_give_the_same_again(name, tmp_path, capsys):
-    words = [name, '--max_iters=7', '--warmup_iters=3', '--run_name=a "b" ü\n', '--capacity_factor=None']
+    words = [name, '--max_iters=7', '--warmup_iters=3', '--dataset=a "b" ü\n', '--capacity_factor=None']
     with pytest.raises(SystemExit) as stopped:
         train.main([*words, '--print_config'])
     assert stopped.value.code in (0, None)
@@ -681,6 +692,9 @@ def test_tables_and_flat_files(tmp_path, capsys):
         ('[modle]\nn_layer = 5\n', 'there is no table [modle]; did you mean model?'),
         ('n_layer = 2\n[model]\nn_layer = 5\n', 'n_layer is set twice'),
         ('[model]\nlayers = 5\n', 'there is no option layers in [model]; did you mean n_layer?'),
+        ('[model]\ngates = "all"\n', 'there is no option gates in [model]; it is called norm_topk_prob now'),
+        ('z_weight = 0.1\n', 'there is no option z_weight; it is called router_z_loss_weight now'),
+        ('balance = "sequence"\n', 'it is called balance_over=sequence now'),
     ):
         code, message = said(train, read(text), capsys)
         assert code == 2 and 'my.toml' in message and sentence in message
@@ -699,6 +713,7 @@ def test_the_example_files(tmp_path, small_run, capsys):
             '--n_embd=24',
             '--n_head=6',
             '--batch_size=1',
+            '--mlp_width=8',
             '--expert_width=8',
             '--vocab_size=None',
             '--init_from=scratch',

@@ -47,7 +47,7 @@ BASE = ModelConfig(n_embd=16, n_head=1, n_experts=6, top_k=2, expert_width=24, v
 QUEUES = replace(BASE, capacity_factor=0.8, min_capacity=1)
 WAYS = {  # name -> (configuration, tokens in each of two rows)
     'dropless': (BASE, 24),
-    'gates over the chosen': (replace(BASE, gates='chosen'), 24),
+    'gates over the chosen': (replace(BASE, norm_topk_prob=True), 24),
     'biases': (replace(BASE, bias=True), 24),
     'swiglu with biases': (replace(BASE, activation='swiglu', bias=True), 24),
     'odd widths': (replace(BASE, n_embd=10, expert_width=7), 13),
@@ -55,7 +55,7 @@ WAYS = {  # name -> (configuration, tokens in each of two rows)
     'one token a row': (BASE, 1),
     'all experts': (replace(BASE, top_k=6), 9),
     'shared expert': (replace(BASE, n_shared_experts=1), 24),
-    'sigmoid with biased choice': (replace(BASE, router='sigmoid', gates='chosen', balance='bias'), 24),
+    'sigmoid with biased choice': (replace(BASE, router='sigmoid', norm_topk_prob=True, balance='bias'), 24),
     'hash': (replace(BASE, router='hash'), 24),
     'expert choice': (
         replace(BASE, router='expert_choice', capacity_factor=0.7, eval_capacity_factor=0.7),
@@ -176,7 +176,7 @@ def by_loop(layer: MoE, x: torch.Tensor, r: Routing, grad: torch.Tensor) -> list
         if cfg.router != 'expert_choice':
             assert torch.equal(best.topk(K).indices.sort(-1).values, r.expert_ids.sort(-1).values)
         gates = scores.gather(-1, r.expert_ids)
-        if cfg.gates == 'chosen':
+        if cfg.norm_topk_prob:
             gates = gates / gates.sum(-1, keepdim=True)
     if cfg.router == 'expert_choice':
         S = max(int(cfg.capacity_factor * cfg.top_k * N / cfg.n_experts), 1)
@@ -395,7 +395,7 @@ def plain_losses(cfg: ModelConfig, s: TrainConfig) -> list[float]:
             for layer in zip(*(out.routings for out in outs)):
                 union = Routing(*(torch.cat(part) for part in zip(*(r[:4] for r in layer))))
                 apart = torch.stack([balance_loss(r) for r in layer]).mean()
-                total = total + cfg.balance_weight * (balance_loss(union) - apart)
+                total = total + cfg.aux_loss_weight * (balance_loss(union) - apart)
         total.backward()
         found += [
             sum(out.losses.ce.item() for out in outs) / len(outs),
@@ -553,7 +553,7 @@ def test_an_update_waits_for_the_device_once(device, numbers, tmp_path, monkeypa
     "One device-to-host copy per step, for any number of micro-batches."
     if device.type == 'cuda' and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip('torch loops over experts here')
-    cfg = small('nano_moe', balance='bias', gates='all')
+    cfg = small('nano_moe', balance='bias', norm_topk_prob=False)
     trainer = train.Trainer(
         cfg,
         settings(tmp_path, numbers, device, gradient_accumulation_steps=5, dtype='bfloat16'),

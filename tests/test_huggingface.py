@@ -31,7 +31,14 @@ def theirs():
 
 
 CFG = ModelConfig(
-    block_size=32, vocab_size=97, n_layer=3, n_head=4, n_embd=48, bias=True, activation='gelu_tanh'
+    block_size=32,
+    vocab_size=97,
+    n_layer=3,
+    n_head=4,
+    n_embd=48,
+    n_experts=1,
+    bias=True,
+    activation='gelu_tanh',
 )
 
 
@@ -88,7 +95,7 @@ def mixtral():
     from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
     cfg = MixtralConfig(hidden_size=32, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2)
-    return MixtralSparseMoeBlock(cfg), dict(gates='chosen')
+    return MixtralSparseMoeBlock(cfg), dict(norm_topk_prob=True)
 
 
 def olmoe(normalised: bool):
@@ -97,7 +104,7 @@ def olmoe(normalised: bool):
     cfg = OlmoeConfig(
         hidden_size=32, intermediate_size=24, num_experts=6, num_experts_per_tok=2, norm_topk_prob=normalised
     )
-    return OlmoeSparseMoeBlock(cfg), dict(gates='chosen' if normalised else 'all')
+    return OlmoeSparseMoeBlock(cfg), dict(norm_topk_prob=normalised)
 
 
 def qwen3(normalised: bool):
@@ -110,7 +117,7 @@ def qwen3(normalised: bool):
         num_experts_per_tok=2,
         norm_topk_prob=normalised,
     )
-    return Qwen3MoeSparseMoeBlock(cfg), dict(gates='chosen' if normalised else 'all')
+    return Qwen3MoeSparseMoeBlock(cfg), dict(norm_topk_prob=normalised)
 
 
 def deepseek(normalised: bool):
@@ -129,7 +136,7 @@ def deepseek(normalised: bool):
         norm_topk_prob=normalised,
     )
     return DeepseekV3MoE(cfg), dict(
-        router='sigmoid', balance='bias', n_shared_experts=2, gates='chosen' if normalised else 'all'
+        router='sigmoid', balance='bias', n_shared_experts=2, norm_topk_prob=normalised
     )
 
 
@@ -194,7 +201,7 @@ def test_gates_of_another_kind_are_not_theirs():
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x = torch.randn(1, 17, 32)
-    assert (ours_like(block, dict(gates='all'))(x)[0] - block(x)).abs().max() > 1e-3
+    assert (ours_like(block, dict(norm_topk_prob=False))(x)[0] - block(x)).abs().max() > 1e-3
 
 
 def test_the_benchmarks_modern_model_is_a_mixtral_in_size():

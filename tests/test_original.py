@@ -57,8 +57,8 @@ def test_training_forward_and_every_gradient(original, keep_logits):
     differences = {
         'total': worst(out.losses.total, original['train/loss']),
         'ce': worst(out.losses.ce, original['train/ce']),
-        'balance': worst(out.losses.balance, original['train/aux'].mean()),
-        'z': worst(out.losses.z, original['train/z'].mean()),
+        'balance': worst(out.losses.balance_loss, original['train/aux'].mean()),
+        'z': worst(out.losses.z_loss, original['train/z'].mean()),
         'gradients': max(worst(found[name].grad, grad) for name, grad in original.gradients().items()),
     }
     if keep_logits:
@@ -145,8 +145,8 @@ def test_renormalised_single_choice_builds_but_has_no_gradient():
         n_embd=8,
         n_experts=4,
         top_k=1,
-        gates='chosen',
-        z_weight=0.0,
+        norm_topk_prob=True,
+        router_z_loss_weight=0.0,
         balance='nano_moe',
     )
     model = GPT(cfg)

@@ -70,7 +70,9 @@ def untimed(rows: list[dict]) -> list[dict]:
 
 def test_the_log_says_what_the_design_names(alone):
     rows = log(alone)
-    fields = 'step tokens ce balance z load drop_rate entropy grad_norm lr tok_per_s mfu skipped'.split()
+    fields = (
+        'step tokens ce balance_loss z_loss load drop_rate entropy grad_norm lr tok_per_s mfu skipped'.split()
+    )
     assert [row['step'] for row in rows] == list(range(1, 61))
     assert all(set(fields) <= row.keys() for row in rows)
     assert rows[0]['ce'] == pytest.approx(math.log(257), abs=0.05)  # a fresh model knows nothing
@@ -184,26 +186,26 @@ def test_routing_may_change_in_mid_run_where_it_is_named(alone, tmp_path):
     done = subprocess.run(
         [*command, '--allow_changed=n_embd'], env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert done.returncode == 2 and 'allow_changed must name some of top_k, gates' in done.stderr
+    assert done.returncode == 2 and 'allow_changed must name some of top_k, norm_topk_prob' in done.stderr
 
 
 def test_global_balance_is_that_of_the_joint_batch(tmp_path):
     "Two processes with half a batch each, statistics over both: the run of one process with the whole batch."
-    both = ['--balance_over=global', '--balance_weight=1', '--capacity_factor=None']
+    both = ['--balance_over=global', '--aux_loss_weight=1', '--capacity_factor=None']
     whole = ['--batch_size=16', '--gradient_accumulation_steps=1', f'--out_dir={tmp_path}/whole']
     run([sys.executable, *TINY, *both, *whole])
     run(torchrun('--standalone', '--nproc_per_node=2', *TINY, *both, f'--out_dir={tmp_path}/halves'))
     run([sys.executable, *TINY, *both, f'--out_dir={tmp_path}/in_turn'])  # accumulated, with a pass ahead
-    for name in ('ce', 'balance', 'grad_norm'):
+    for name in ('ce', 'balance_loss', 'grad_norm'):
         assert largest_difference(log(tmp_path / 'in_turn'), log(tmp_path / 'halves'), name) <= 1e-6, name
-    for name in ('ce', 'balance'):  # balance is logged as the mean of two halves
+    for name in ('ce', 'balance_loss'):  # balance is logged as the mean of two halves
         assert largest_difference(log(tmp_path / 'whole'), log(tmp_path / 'halves'), name) <= 2e-5, name
     run(torchrun('--standalone', '--nproc_per_node=2', *TINY, both[1], f'--out_dir={tmp_path}/apart'))
-    assert largest_difference(log(tmp_path / 'whole'), log(tmp_path / 'apart'), 'balance') > 1e-4
+    assert largest_difference(log(tmp_path / 'whole'), log(tmp_path / 'apart'), 'balance_loss') > 1e-4
 
 
 def test_balance_by_bias_on_two_processes_and_after_a_stop(tmp_path):
-    knobs = [*TINY, '--balance=bias', '--router=sigmoid', '--gates=chosen', '--bias_rate=0.01']
+    knobs = [*TINY, '--balance=bias', '--router=sigmoid', '--norm_topk_prob=True', '--bias_rate=0.01']
     run([sys.executable, *knobs, f'--out_dir={tmp_path}/one'])
     stopped = subprocess.Popen(
         [sys.executable, *knobs, f'--out_dir={tmp_path}/two'], env=ENVIRONMENT, stdout=subprocess.PIPE

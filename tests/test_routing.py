@@ -95,8 +95,8 @@ CASES = {
     'plain': (BASE, 20),
     'biases': (replace(BASE, bias=True), 20),
     'swiglu': (replace(BASE, activation='swiglu'), 20),
-    'gates over the chosen': (replace(BASE, gates='chosen', activation='gelu_tanh'), 20),
-    'sigmoid': (replace(BASE, router='sigmoid', gates='chosen'), 20),
+    'gates over the chosen': (replace(BASE, norm_topk_prob=True, activation='gelu_tanh'), 20),
+    'sigmoid': (replace(BASE, router='sigmoid', norm_topk_prob=True), 20),
     'one token': (BASE, 1),
     'one expert': (replace(BASE, n_experts=1, top_k=1), 9),
     'all experts': (replace(BASE, top_k=6), 7),
@@ -166,11 +166,11 @@ def test_autocast_computes_in_bfloat16_and_stays_near(way):
 
 ROUTERS = {
     'softmax': BASE,
-    'softmax, chosen': replace(BASE, gates='chosen'),
+    'softmax, chosen': replace(BASE, norm_topk_prob=True),
     'softmax, K=1': replace(BASE, top_k=1),
     'noisy': replace(BASE, router='noisy'),
     'sigmoid': replace(BASE, router='sigmoid'),
-    'sigmoid, chosen': replace(BASE, router='sigmoid', gates='chosen'),
+    'sigmoid, chosen': replace(BASE, router='sigmoid', norm_topk_prob=True),
     'sigmoid, K=1': replace(BASE, router='sigmoid', top_k=1),
     'jitter': replace(BASE, jitter=0.1),
     'bias': replace(BASE, balance='bias'),
@@ -224,7 +224,7 @@ def test_a_routing_keeps_its_promises(name):
 
 
 def test_sigmoid_by_hand():
-    router = filled(make_router(replace(BASE, router='sigmoid', gates='chosen')))
+    router = filled(make_router(replace(BASE, router='sigmoid', norm_topk_prob=True)))
     x = torch.randn(5, 16)
     for row, ids, gates in zip(x, *router(x)[2:4]):
         score = 1 / (1 + torch.exp(-router.score.weight @ row))
@@ -233,8 +233,8 @@ def test_sigmoid_by_hand():
         torch.testing.assert_close(gates, score[best] / score[best].sum())
 
 
-@pytest.mark.parametrize('gates', ['all', 'chosen'])
-def test_sigmoids_that_underflow_make_no_nan(gates):
+@pytest.mark.parametrize('norm', [False, True])
+def test_sigmoids_that_underflow_make_no_nan(norm):
     """Logits so low that every sigmoid is 0 in float32, for all experts or for those that a bias chooses.
 
     Gradients too.
@@ -244,12 +244,12 @@ def test_sigmoids_that_underflow_make_no_nan(gates):
         requires_grad=True,
     )
     for bias in (None, torch.tensor([0.0, 0.0, 5.0, 5.0])):
-        r = choose(logits, 2, gates, 'sigmoid', bias)
+        r = choose(logits, 2, norm, 'sigmoid', bias)
         assert r.gates.isfinite().all() and r.probs.isfinite().all()
         torch.testing.assert_close(r.probs.sum(-1), torch.ones(4))
-        if gates == 'chosen':
+        if norm:
             torch.testing.assert_close(r.gates.sum(-1), torch.ones(4))
-        cfg = replace(BASE, n_experts=4, router='sigmoid', gates=gates, balance='switch')
+        cfg = replace(BASE, n_experts=4, router='sigmoid', norm_topk_prob=norm, balance='switch')
         loss = total_loss(torch.zeros(()), [r], cfg).total + r.gates.sum()
         assert torch.autograd.grad(loss, logits, retain_graph=True)[0].isfinite().all()
     exact = logits[:1].double().sigmoid()
@@ -459,10 +459,13 @@ REFUSED = {
         dict(router='expert_choice'),
         'capacity_factor and eval_capacity_factor must be set',
     ),
-    'one renormalised gate': (dict(top_k=1, gates='chosen'), "gates must be 'all' when top_k=1"),
+    'one renormalised gate': (
+        dict(top_k=1, norm_topk_prob=True),
+        'norm_topk_prob must be False when top_k=1',
+    ),
     'one renormalised sigmoid': (
-        dict(top_k=1, gates='chosen', router='sigmoid'),
-        "gates must be 'all' when top_k=1",
+        dict(top_k=1, norm_topk_prob=True, router='sigmoid'),
+        'norm_topk_prob must be False when top_k=1',
     ),
     'balance of a hash': (
         dict(router='hash', balance='bias'),
@@ -477,9 +480,12 @@ REFUSED = {
         dict(capacity_over='sequence'),
         'capacity_over must be micro_batch where',
     ),
-    'chosen hash': (dict(router='hash', gates='chosen'), "gates must be 'all' with router=hash"),
+    'chosen hash': (
+        dict(router='hash', norm_topk_prob=True),
+        'norm_topk_prob must be False with router=hash',
+    ),
     'joint statistics that nothing reads': (
-        dict(balance='sequence', balance_over='global'),
+        dict(balance='nano_moe', balance_over='global'),
         'balance_over must be micro_batch with',
     ),
     'jittered hash': (dict(router='hash', jitter=0.1), 'jitter must be 0 with router=hash'),
@@ -499,11 +505,14 @@ def test_combinations_that_cannot_be_trained_are_refused(case):
 @pytest.mark.parametrize(
     'knobs, sentence',
     [
-        (dict(n_kv_head=5), 'n_head must be a multiple of n_kv_head=5, got 12'),
+        (dict(n_kv_head=5), 'n_head must be a multiple of n_kv_head=5, got 4'),
         (dict(jitter=1.0), 'jitter must be'),
         (dict(n_shared_experts=-1), 'n_shared_experts must be at least 0'),
         (dict(bias_rate=-1.0), 'bias_rate must be'),
-        (dict(n_shared_experts=2), 'n_experts must be at least 2 with n_shared_experts=2, got 1'),
+        (
+            dict(n_shared_experts=2, n_experts=1),
+            'n_experts must be at least 2 with n_shared_experts=2, got 1',
+        ),
     ],
 )
 def test_shapes_that_cannot_be_built_are_refused(knobs, sentence):
@@ -531,8 +540,8 @@ BLOCKS = {
         positions='rotary',
         n_shared_experts=1,
         router='sigmoid',
-        balance='sequence',
-        gates='chosen',
+        balance_over='sequence',
+        norm_topk_prob=True,
     ),
 }
 
@@ -620,7 +629,7 @@ def test_a_layer_on_its_own_is_drawn_as_a_model_is():
 
 
 @pytest.mark.parametrize(
-    'change', [dict(), dict(balance='sequence'), dict(gates='chosen'), dict(router='sigmoid')]
+    'change', [dict(), dict(balance_over='sequence'), dict(norm_topk_prob=True), dict(router='sigmoid')]
 )
 def test_padding_counts_in_no_loss(change):
     """What stands after the last target changes neither value nor gradient, and the losses are those of the
@@ -634,7 +643,7 @@ def test_padding_counts_in_no_loss(change):
         n_embd=16,
         n_experts=4,
         moe_every=1,
-        balance_weight=0.1,
+        aux_loss_weight=0.1,
         **change,
     )
     torch.manual_seed(0)
@@ -661,4 +670,4 @@ def test_padding_counts_in_no_loss(change):
         losses_and_gradients(x, y), losses_and_gradients(x[:3], y[:3]), rtol=1e-4, atol=1e-5
     )
     empty = model(x, torch.full_like(y, -1)).losses
-    assert empty.total == 0 and empty.balance == 0
+    assert empty.total == 0 and empty.balance_loss == 0

@@ -19,7 +19,7 @@ from nanomoe.sample import Sampling, Step, generate, prompt, rows_compete, texts
 from nanomoe.train import train
 
 T = 16
-BASE = ModelConfig(block_size=T, vocab_size=50, n_layer=2, n_head=4, n_embd=32, expert_width=24)
+BASE = ModelConfig(block_size=T, vocab_size=50, n_layer=2, n_head=4, n_embd=32, mlp_width=24, n_experts=1)
 SPARSE = dict(n_experts=6, top_k=2, moe_every=1)
 SHAPES = {
     'dense': {},
@@ -30,7 +30,7 @@ SHAPES = {
         positions='rotary', n_kv_head=1, qk_norm=True, norm='rmsnorm', activation='swiglu'
     ),
     'MoE': SPARSE,
-    'MoE every second layer': SPARSE | dict(moe_every=2, gates='chosen', bias=True),
+    'MoE every second layer': SPARSE | dict(moe_every=2, norm_topk_prob=True, bias=True),
     'modern MoE': SPARSE
     | dict(
         positions='rotary', qk_norm=True, norm='rmsnorm', activation='swiglu', n_kv_head=2, n_shared_experts=1
@@ -341,6 +341,6 @@ def test_the_best_token_stays_however_small_top_p_is():
 
 def test_a_loss_without_targets_is_zero_on_both_ways_through_the_head():
     torch.manual_seed(0)
-    model = GPT(ModelConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8))
+    model = GPT(ModelConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, n_experts=1))
     x, none = torch.randint(11, (2, 8)), torch.full((2, 8), -1)
     assert model(x, none).losses.ce == 0 == model(x, none, keep_logits=False).losses.ce

@@ -188,7 +188,8 @@ def test_an_architecture_of_ones_own_is_exported_and_loaded(tmp_path, monkeypatc
         positions='rotary',
         norm='rmsnorm',
         activation='swiglu',
-        expert_width=24,
+        n_experts=1,
+        mlp_width=24,
     )
     torch.manual_seed(0)
     model = GPT(cfg).eval()

@@ -297,6 +297,7 @@ STRETCHES = {
     '34_tokenizer': 80,
     '10_sample': 77,
     '11_parallel': 72,
+    '30_config': 79,  # one dataclass
     '05_viz': 63,
     '42_pretrained': 61,
 }

@@ -53,17 +53,17 @@ TEXT = [
 ]
 
 ROTARY = dict(positions='rotary', norm='rmsnorm', activation='swiglu', qk_norm=True)
-SMALL = ModelConfig(block_size=64, n_layer=3, n_head=4, n_embd=32, vocab_size=310)
+SMALL = ModelConfig(block_size=64, n_layer=3, n_head=4, n_embd=32, vocab_size=310, n_experts=1)
 MODELS = {
     'experts': replace(
-        SMALL, **ROTARY, n_experts=8, top_k=2, expert_width=16, moe_every=1, n_kv_head=2, gates='chosen'
+        SMALL, **ROTARY, n_experts=8, top_k=2, expert_width=16, moe_every=1, n_kv_head=2, norm_topk_prob=True
     ),
     'three of them, in every second layer': replace(
-        SMALL, **ROTARY, n_experts=3, top_k=2, moe_every=2, gates='all'
+        SMALL, **ROTARY, n_experts=3, top_k=2, moe_every=2, mlp_width=40, norm_topk_prob=False
     ),
-    'dense': replace(SMALL, **ROTARY, expert_width=48),
+    'dense': replace(SMALL, **ROTARY, mlp_width=48),
     'gpt2': replace(SMALL, bias=True, activation='gelu_tanh'),
-    'gpt2 without biases': replace(SMALL, expert_width=40),
+    'gpt2 without biases': replace(SMALL, mlp_width=40),
 }
 
 
@@ -532,10 +532,6 @@ def test_a_gpt2_that_ours_is_not(knobs, words, tmp_path):
         (dict(rope_theta=1e6), 'rope_theta must be 10000.0'),
         (dict(head_dim=64), 'head_dim must be 8'),
         (dict(mlp_only_layers=[0]), 'mlp_only_layers must leave every n-th layer from the first, got [0]'),
-        (
-            dict(mlp_only_layers=[1], intermediate_size=50),
-            'intermediate_size must be 128, as no knob of ours stands for it, got 50',
-        ),
         (dict(attention_bias=True), 'attention_bias must be False'),
         (dict(hidden_act='gelu'), 'hidden_act must be silu'),
     ],
@@ -624,13 +620,13 @@ def test_training_starts_from_every_kind(trained, tmp_path):
 
 def test_training_starts_from_dense_weights(trained):
     loss = held_out('--n_experts=1', f'--init_from={trained}')
-    chosen = held_out('--gates=chosen', f'--init_from={trained}')
+    chosen = held_out('--norm_topk_prob=True', f'--init_from={trained}')
     sliced = held_out(
-        '--gates=chosen', '--n_experts=16', '--top_k=8', '--expert_width=32', f'--init_from={trained}'
+        '--norm_topk_prob=True', '--n_experts=16', '--top_k=8', '--expert_width=32', f'--init_from={trained}'
     )
     undecided = held_out(f'--init_from={trained}')
     print(
-        f'dense {loss:.7f}, copies {chosen - loss:+.1e}, slices {sliced - loss:+.1e}, gates=all '
+        f'dense {loss:.7f}, copies {chosen - loss:+.1e}, slices {sliced - loss:+.1e}, shares of all '
         f'{undecided - loss:+.1e}'
     )
     assert max(abs(chosen - loss), abs(sliced - loss)) < 1e-6 and abs(undecided - loss) < 1e-4
@@ -645,7 +641,7 @@ def test_training_refuses_other_token_ids(trained, exported):
 
 WAYS = {
     'copies': dict(n_experts=8),
-    'one of them': dict(n_experts=8, top_k=1, router='hash', gates='all'),
+    'one of them': dict(n_experts=8, top_k=1, router='hash', norm_topk_prob=False),
     'halves': dict(n_experts=8, top_k=4, expert_width=64),
     'quarters': dict(n_experts=16, top_k=8, expert_width=32),
     'eighths': dict(n_experts=64, top_k=8, expert_width=16),
@@ -672,7 +668,7 @@ def losses(dense: GPT, cfg: ModelConfig, n: int = 16) -> tuple[float, float, GPT
 @pytest.mark.parametrize('kind', DENSE)
 def test_experts_start_where_the_dense_model_stands(kind, way):
     dense = drawn(DENSE[kind])
-    cfg = replace(dense.cfg, **dict(gates='chosen', moe_every=1) | WAYS[way])
+    cfg = replace(dense.cfg, **dict(norm_topk_prob=True, moe_every=1) | WAYS[way])
     before, after, _ = losses(dense, cfg)
     assert abs(after - before) < 2e-6 * before
 
@@ -682,7 +678,7 @@ def test_gates_that_do_not_sum_to_one_start_close(router):
     dense = drawn(SMALL)
     for way in ('copies', 'quarters') if router == 'softmax' else ('copies',):
         before, after, _ = losses(
-            dense, replace(SMALL, gates='all', moe_every=1, **WAYS[way] | dict(router=router))
+            dense, replace(SMALL, norm_topk_prob=False, moe_every=1, **WAYS[way] | dict(router=router))
         )
         assert abs(after - before) < 1e-3
 
@@ -691,7 +687,7 @@ def test_gates_that_do_not_sum_to_one_start_close(router):
 def test_slices_come_together(way):
     "The K best of tied logits are whole MLPs, for a hundred thousand tokens."
     dense = drawn(SMALL)
-    cfg = replace(SMALL, gates='chosen', moe_every=1, **WAYS[way])
+    cfg = replace(SMALL, norm_topk_prob=True, moe_every=1, **WAYS[way])
     router, G = upcycle(dense, cfg).h[0].mlp.router, 128 // cfg.expert_width
     with torch.no_grad():
         ids = router(torch.randn(100_000, 32)).expert_ids
@@ -707,7 +703,7 @@ def test_a_router_of_copies_learns_nothing_at_first():
     dense, x = drawn(SMALL), torch.randint(310, (4, 65))
 
     def gradients(**knobs):
-        model = upcycle(dense, replace(SMALL, moe_every=1, gates='chosen', **knobs)).double()
+        model = upcycle(dense, replace(SMALL, moe_every=1, norm_topk_prob=True, **knobs)).double()
         model(x[:, :-1], x[:, 1:]).losses.ce.backward()
         mlp = model.h[1].mlp
         return mlp.router.score.weight.grad.abs().max().item(), mlp.experts.c_fc.grad
@@ -744,9 +740,9 @@ def test_what_cannot_become_experts_is_named(knobs, words):
 
 
 def test_narrow_layers_without_experts_are_refused():
-    dense = drawn(replace(SMALL, expert_width=64))
-    with pytest.raises(BadInput, match='moe_every must be 1, as layers without experts would be 128 wide'):
-        upcycle(dense, replace(dense.cfg, n_experts=8))
+    dense = drawn(replace(SMALL, mlp_width=64))
+    with pytest.raises(BadInput, match='mlp_width must be 64 as in the dense model, got 128'):
+        upcycle(dense, replace(dense.cfg, n_experts=8, mlp_width=None))
 
 
 # ---- an evaluation that others trust
@@ -870,7 +866,7 @@ def test_widths_that_transformers_cannot_multiply_are_refused():
         qk_norm=True,
         activation='swiglu',
         n_experts=3,
-        gates='chosen',
+        norm_topk_prob=True,
     )
     assert architecture(ModelConfig(**knobs, n_embd=32, expert_width=48)) == 'qwen3_moe'
     for width, C in ((50, 32), (24, 30)):
@@ -928,7 +924,9 @@ def saved_again(knobs: dict, tokenizer, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     run = run_of(
-        GPT(ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=8, **knobs)), tokenizer, folder / 'run'
+        GPT(ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=8, **dict(n_experts=1) | knobs)),
+        tokenizer,
+        folder / 'run',
     )
     export_hf(run, folder / 'once')
     for loader in (AutoModelForCausalLM, AutoTokenizer):

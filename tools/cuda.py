@@ -682,7 +682,7 @@ def target(given) -> dict:
     make = lambda C, **experts: shrunk(replace(PRESETS['gpt2'][0], **base, n_embd=C, **experts), given.dry)
     cases = {f'dense C {C}': make(C) for C in (256, 384, 512)}
     cases['mixture 8/2 C 384'] = make(
-        384, n_experts=8, top_k=2, expert_width=64 if given.dry else 768, moe_every=1, gates='chosen'
+        384, n_experts=8, top_k=2, expert_width=64 if given.dry else 768, moe_every=1, norm_topk_prob=True
     )
     rows = []
     for name, cfg in cases.items():
@@ -892,7 +892,7 @@ def ladder(given) -> dict:
     if not given.dry:
         cfg = replace(cfg, vocab_size=8192)
     rungs = {
-        'none': replace(cfg, balance='none', z_weight=0.0, router_float32=False, init='gpt2'),
+        'none': replace(cfg, balance='none', router_z_loss_weight=0.0, router_float32=False, init='gpt2'),
         'all tricks': cfg,
     }
     rows, curves = [], {}
