@@ -22,7 +22,7 @@ import torch
 
 from .command_line import from_command_line, one_sentence, subcommand
 from .config import BadInput, ModelConfig, TrainConfig, nearest
-from .dataset import TokenFile, training_batch
+from .dataset import TokenDataset, training_batch
 from .experts import MLP, MoE
 from .model import GPT, moe_layers
 from .optim import make_optimizer
@@ -433,7 +433,7 @@ def write(b: Bench) -> list[dict]:
     ]
 
 # %% ../nbs/43_bench.ipynb #data
-class RandomShards(TokenFile):
+class RandomShards(TokenDataset):
     "A dataset of `n_tokens` random tokens in `n_shards` files."
 
     def __init__(self, folder: Path, n_shards: int, n_tokens: int = 2**25):

@@ -6,9 +6,9 @@
 __all__ = ['READERS', 'LONGEST', 'SHAKESPEARE_URL', 'SHAKESPEARE_SHA256', 'HUB', 'Document', 'is_held_out', 'text_blocks',
            'read_page', 'read_txt', 'ending', 'source_files', 'walk', 'domain_of', 'printable', 'file_documents',
            'is_utf8', 'in_words', 'arithmetic', 'numbers_documents', 'package_files', 'stdlib_files', 'docstrings',
-           'in_fixed_order', 'take', 'help_topics', 'onboard_documents', 'Source', 'listed', 'read_jsonl', 'strings',
-           'read_parquet', 'local_source', 'left_out', 'text_size', 'parquet_size', 'shakespeare', 'hub_documents',
-           'hub_source', 'only', 'hub_rows', 'nanogpts_split', 'saved', 'saved_rows']
+           'in_fixed_order', 'take', 'help_topics', 'onboard_documents', 'Source', 'in_memory_source', 'read_jsonl',
+           'strings', 'read_parquet', 'local_source', 'left_out', 'text_size', 'parquet_size', 'shakespeare',
+           'hub_documents', 'hub_source', 'only', 'hub_rows', 'nanogpts_split', 'saved', 'saved_rows']
 
 # %% ../nbs/36_corpora.ipynb #imports
 import ast, codecs, glob, gzip, hashlib, importlib.util, itertools, json, os, random, re, sysconfig
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .config import BadInput
-from .tokenizer import END
+from .tokenizer import EOT
 
 # %% ../nbs/36_corpora.ipynb #document
 class Document(NamedTuple):
@@ -65,13 +65,13 @@ def read_page(path: Path, columns=(), errors: str = 'strict') -> Iterator[tuple[
 
 
 def read_txt(path: Path, columns=(), errors: str = 'strict', part: int = 2**20) -> Iterator[tuple[str]]:
-    """What stands between `END` marks.
+    """What stands between `EOT` marks.
 
     Of more than four `part`s, parts of that many characters, cut at line ends.
     """
     rest = ''
     for block in text_blocks(path, errors):
-        *whole, rest = (rest + block).split(END)
+        *whole, rest = (rest + block).split(EOT)
         for text in whole:
             yield (text,)
         while len(rest) > 4 * part:
@@ -340,7 +340,7 @@ class Source(NamedTuple):
     stamp: tuple = ()  # what must be the same for going on after a kill
 
 
-def listed(name: str, documents: Iterable[Document], max_tokens: int | None = None) -> Source:
+def in_memory_source(name: str, documents: Iterable[Document], max_tokens: int | None = None) -> Source:
     "A source of documents that are in memory already."
     kept = list(documents)
     return Source(

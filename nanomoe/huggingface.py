@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'GPT2_VOCABULARY', 'from_gpt2', 'to_gpt2', 'load_gpt2', 'qwen3_names', 'to_qwen3', 'from_qwen3',
-           'demand', 'hidden_width', 'gpt2_entries', 'gpt2_shape', 'qwen3_entries', 'qwen3_moe_entries', 'qwen3_shape',
+           'require', 'hidden_width', 'gpt2_entries', 'gpt2_shape', 'qwen3_entries', 'qwen3_moe_entries', 'qwen3_shape',
            'with_experts', 'Architecture', 'gpt2_limits', 'qwen3_moe_limits', 'architecture', 'hf_config', 'load_hf',
-           'read_tensors', 'merges_of', 'hf_bpe', 'hf_tokenizer', 'read_hf_tokenizer', 'vocabulary', 'write_hf',
-           'amend', 'export_gap', 'check_exportable']
+           'read_tensors', 'recover_bpe_merges', 'hf_bpe', 'hf_tokenizer', 'read_hf_tokenizer', 'vocabulary',
+           'write_hf', 'update_json', 'max_logit_diff', 'check_exportable']
 
 # %% ../nbs/40_huggingface.ipynb #imports
 import base64, hashlib, json, re
@@ -23,7 +23,7 @@ from .checkpoint import with_weights
 from .config import BadInput, ModelConfig
 from .model import GPT, moe_layers
 from .presets import gpt2_config
-from .tokenizer import END, WORDS, byte_alphabet, read_encoding, save_tokenizer
+from .tokenizer import EOT, PRETOKENIZER_PATTERN, byte_alphabet, read_encoding, save_tokenizer
 
 # %% ../nbs/40_huggingface.ipynb #from-gpt2
 def from_gpt2(state_dict: dict[str, Tensor], cfg: ModelConfig) -> GPT:
@@ -121,7 +121,7 @@ def from_qwen3(tensors: dict[str, Tensor], cfg: ModelConfig) -> GPT:
     return with_weights(cfg, ours)
 
 # %% ../nbs/40_huggingface.ipynb #config-of
-def demand(config: dict, **allowed):
+def require(config: dict, **allowed):
     "Raise `BadInput` unless each entry has its one value, which is the one that our model has too."
     for name, value in allowed.items():
         if config.get(name, value) != value:
@@ -151,7 +151,7 @@ def gpt2_entries(cfg: ModelConfig) -> dict:
 
 def gpt2_shape(config: dict) -> ModelConfig:
     "The shape of a GPT-2 of `transformers`, from its configuration; raises `BadInput` for what ours lacks."
-    demand(
+    require(
         config,
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
@@ -208,7 +208,7 @@ def qwen3_shape(config: dict) -> ModelConfig:
     """
     C, heads, keys = (config[name] for name in ('hidden_size', 'num_attention_heads', 'num_key_value_heads'))
     rope = config.get('rope_parameters') or {'rope_theta': config.get('rope_theta')}
-    demand(
+    require(
         config | rope,
         hidden_act='silu',
         attention_bias=False,
@@ -343,7 +343,7 @@ def architecture(cfg: ModelConfig) -> str:
 
 # %% ../nbs/40_huggingface.ipynb #hf-config
 def hf_config(cfg: ModelConfig, end: int):
-    """The configuration of its equal in `transformers`, `end` being the id of `END`.
+    """The configuration of its equal in `transformers`, `end` being the id of `EOT`.
 
     Raises `BadInput` where it has none.
     """
@@ -392,7 +392,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise BadInput(f'its weights are damaged ({e})') from None
 
 # %% ../nbs/40_huggingface.ipynb #merges-of
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+def recover_bpe_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The two entries that made each longer one, in order: where BPE ends when it may not make the entry
     itself.
     """
@@ -423,7 +423,7 @@ def hf_bpe(tokenizer):
     bpe = Tokenizer(
         models.BPE(
             {spell(word): i for word, i in ranks.items()} | special,
-            [(spell(a), spell(b)) for a, b in merges_of(ranks)],
+            [(spell(a), spell(b)) for a, b in recover_bpe_merges(ranks)],
             ignore_merges=True,
         )
     )
@@ -444,9 +444,9 @@ def hf_tokenizer(tokenizer, block_size: int):
 
     return PreTrainedTokenizerFast(
         tokenizer_object=hf_bpe(tokenizer),
-        bos_token=END,
-        eos_token=END,
-        pad_token=END,
+        bos_token=EOT,
+        eos_token=EOT,
+        pad_token=EOT,
         model_input_names=['input_ids', 'attention_mask'],
         clean_up_tokenization_spaces=False,
         model_max_length=block_size,
@@ -480,7 +480,7 @@ def read_hf_tokenizer(path: Path):
         made = read_encoding(
             dict(
                 name=kind,
-                pattern=splits[0]['pattern']['Regex'] if splits else WORDS,
+                pattern=splits[0]['pattern']['Regex'] if splits else PRETOKENIZER_PATTERN,
                 ranks=ranks[: max(words) + 1],
                 special=special,
             ),
@@ -525,8 +525,8 @@ def write_hf(folder: Path, model: GPT, tokenizer, config):
     hf_tokenizer(tokenizer, model.cfg.block_size).save_pretrained(folder)
     save_tokenizer(tokenizer, folder / 'nanomoe')
     # transformers 4 has these names
-    amend(folder / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
-    amend(folder / 'config.json', **its.notes(model.cfg))
+    update_json(folder / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
+    update_json(folder / 'config.json', **its.notes(model.cfg))
     # ids without bytes, never to be drawn
     padding = [*range(tokenizer.n_vocab, model.cfg.vocab_size)] or None
     GenerationConfig(
@@ -537,13 +537,13 @@ def write_hf(folder: Path, model: GPT, tokenizer, config):
     ).save_pretrained(folder)
 
 
-def amend(path: Path, **entries):
+def update_json(path: Path, **entries):
     "Give a JSON file further entries."
     path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2, sort_keys=True) + '\n')
 
 # %% ../nbs/40_huggingface.ipynb #to-gpt2
 @torch.no_grad()
-def export_gap(model: GPT, folder: Path) -> float:
+def max_logit_diff(model: GPT, folder: Path) -> float:
     "How far the folder's logits are from ours on random ids; raises `RuntimeError` where they are others."
     import transformers as t
 

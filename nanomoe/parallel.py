@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['find_device', 'find_dtype', 'cpu_has_bfloat16', 'peak_flops', 'keep_freed_memory', 'deterministic', 'StopRequest',
-           'World', 'Heartbeat', 'launched_world', 'roll_call', 'process_group', 'all_reduce', 'share_gradients',
-           'quietly', 'my_micro_batches', 'Feed']
+           'DistContext', 'Watchdog', 'dist_context', 'rendezvous', 'process_group', 'all_reduce', 'wrap_ddp',
+           'no_sync', 'my_micro_batches', 'Feed']
 
 # %% ../nbs/11_parallel.ipynb #imports
 import ctypes, hashlib, math, os, platform, re, signal, socket, sys, threading, time, uuid, warnings
@@ -178,7 +178,7 @@ class StopRequest:
             signal.signal(s, handler)
 
 # %% ../nbs/11_parallel.ipynb #world
-class World(NamedTuple):
+class DistContext(NamedTuple):
     "This process among its peers"
 
     rank: int = 0
@@ -191,7 +191,7 @@ class World(NamedTuple):
         return self.rank == 0
 
 # %% ../nbs/11_parallel.ipynb #heartbeat
-class Heartbeat:
+class Watchdog:
     """Ends this process when there was no progress for `timeout` seconds, and says which process the others
     wait for.
 
@@ -252,16 +252,18 @@ class Heartbeat:
         return f'{who} {end}'
 
 # %% ../nbs/11_parallel.ipynb #start
-def launched_world(device: str = 'auto') -> World:
+def dist_context(device: str = 'auto') -> DistContext:
     "This process among those that torchrun started, by its environment, or alone; they have not met yet."
     found = find_device(device, int(os.environ.get('LOCAL_RANK', 0)))
     if found.type == 'cuda':
         torch.cuda.set_device(found)
     rank = launched_rank()
-    return World(device=found) if rank is None else World(rank, int(os.environ['WORLD_SIZE']), found)
+    return (
+        DistContext(device=found) if rank is None else DistContext(rank, int(os.environ['WORLD_SIZE']), found)
+    )
 
 
-def roll_call(store, rank: int, size: int) -> str:
+def rendezvous(store, rank: int, size: int) -> str:
     """A name for this start on which all processes agree, whatever an earlier one left in the store.
 
     Each puts up an id and the list of ids that it sees. When all lists are equal, everyone listed is here:
@@ -281,13 +283,13 @@ def roll_call(store, rank: int, size: int) -> str:
 # %% ../nbs/11_parallel.ipynb #process-group
 @contextmanager
 def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: float = 0):
-    """The `World` of torchrun's environment, or a world of one; its process group ends with the block.
+    """The `DistContext` of torchrun's environment, or a world of one; its process group ends with the block.
 
     Raises `BadInput` for a device or a backend that is not there, and where the processes cannot meet.
     """
     if backend != 'auto' and not dist.is_backend_available(backend):
         raise BadInput(f'backend must be auto, or one that this torch has, such as gloo, got {backend}')
-    world, heart = launched_world(device), None
+    world, heart = dist_context(device), None
     if launched_rank() is None:
         yield world
         return
@@ -295,7 +297,7 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
     usual = 'nccl' if world.device.type == 'cuda' else 'gloo'
     try:
         store, *place = next(dist.rendezvous('env://', timeout=limit))
-        store = dist.PrefixStore(roll_call(store, *place), store)
+        store = dist.PrefixStore(rendezvous(store, *place), store)
     except (dist.DistError, ValueError) as e:
         where = ':'.join(os.environ.get(name, '?') for name in ('MASTER_ADDR', 'MASTER_PORT'))
         raise BadInput(
@@ -309,11 +311,11 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
         store=store,
         rank=world.rank,
         world_size=world.size,
-        timeout=ever,  # `Heartbeat` ends what hangs
+        timeout=ever,  # `Watchdog` ends what hangs
         device_id=world.device if name == 'nccl' else None,
     )
     if hang_timeout and world.size > 1:
-        heart = Heartbeat(dist.PrefixStore('heartbeat', store), world.rank, world.size, hang_timeout)
+        heart = Watchdog(dist.PrefixStore('heartbeat', store), world.rank, world.size, hang_timeout)
     failed = True
     try:
         yield world._replace(beat=heart.beat) if heart else world
@@ -335,7 +337,7 @@ def all_reduce(t: Tensor, op: str = 'sum') -> Tensor:
     return t
 
 
-def share_gradients(model: torch.nn.Module, world: World) -> torch.nn.Module:
+def wrap_ddp(model: torch.nn.Module, world: DistContext) -> torch.nn.Module:
     "The model, averaging its gradients over all processes in every backward pass."
     if world.size == 1:
         return model
@@ -348,12 +350,12 @@ def share_gradients(model: torch.nn.Module, world: World) -> torch.nn.Module:
         )
 
 
-def quietly(model: torch.nn.Module, last: bool):
+def no_sync(model: torch.nn.Module, last: bool):
     "A context in which gradients are only added up; the `last` micro-batch of a step averages them."
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
-def my_micro_batches(total: int, world: World) -> range:
+def my_micro_batches(total: int, world: DistContext) -> range:
     "Which of a step's micro-batches this process computes; raises `BadInput` unless they divide evenly."
     if total % world.size:
         near = sorted({max(1, total // world.size) * world.size, (total // world.size + 1) * world.size})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nanomoe_config', 'from_nanomoe', 'load_run', 'run_folder', 'load_ckpt', 'read_ckpt', 'kind_of', 'load_model',
            'tokenizer_of', 'own_tokenizer', 'export_hf', 'sweep_exports', 'runs', 'Export', 'main', 'initial_weights',
-           'check_tokenizer', 'cut_positions']
+           'check_tokenizer', 'crop_block_size']
 
 # %% ../nbs/42_pretrained.ipynb #imports
 import json, os, shutil, sys
@@ -24,7 +24,7 @@ from .files import put_back, put_in_place, resolve
 from nanomoe.huggingface import (
     GPT2_VOCABULARY,
     check_exportable,
-    export_gap,
+    max_logit_diff,
     hf_config,
     load_gpt2,
     load_hf,
@@ -202,7 +202,7 @@ def export_hf(where: str | Path, out: str | Path) -> float:
     made = folder.with_name(f'.tmp-{folder.name}-{os.getpid()}')
     try:
         write_hf(made, model, tokenizer, config)
-        gap = export_gap(model, made)
+        gap = max_logit_diff(model, made)
         put_in_place(made, folder)
     except OSError as e:
         raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
@@ -271,7 +271,7 @@ def initial_weights(init_from: str, cfg: ModelConfig, dataset: Path | None = Non
     check_alike(model.cfg, cfg, init_from)
     if cfg.n_experts > 1 and model.cfg.n_experts == 1:
         model = upcycle(model, replace(cfg, block_size=model.cfg.block_size))
-    return with_weights(cfg, cut_positions(model.state_dict(), cfg.block_size))
+    return with_weights(cfg, crop_block_size(model.state_dict(), cfg.block_size))
 
 
 def check_tokenizer(init_from: str, dataset: Path):
@@ -285,7 +285,7 @@ def check_tokenizer(init_from: str, dataset: Path):
         )
 
 
-def cut_positions(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
+def crop_block_size(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
     "The weights for a model that sees fewer positions."
     return {name: t[:block_size] if name == 'wpe.weight' else t for name, t in tensors.items()}
 

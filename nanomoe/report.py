@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_rows', 'with_bits', 'in_order', 'follow', 'settings_of', 'Samples', 'samples_of', 'read_samples', 'experts_in',
-           'text_row', 'experts_figure', 'health_rows', 'health_figure', 'curve_of', 'tabs', 'routed_text', 'picture',
+           'text_row', 'experts_figure', 'health_rows', 'health_figure', 'curve_of', 'tabs', 'routed_text', 'img_tag',
            'table', 'facts', 'report', 'n_experts_of', 'text_sections', 'page', 'Live', 'server', 'is_address',
-           'Picture', 'Watching', 'drawn', 'watch', 'server_at', 'main']
+           'Picture', 'Watching', 'render', 'watch', 'server_at', 'main']
 
 # %% ../nbs/45_report.ipynb #imports
 import base64, html, ipaddress, json, os, re, socket, sys, threading, time, webbrowser
@@ -26,32 +26,32 @@ from .board import board_html
 from .command_line import from_command_line, one_sentence, subcommand
 from .config import BadInput, nearest
 from .dataset import dataset_folder, read_manifest
-from .files import Log, resolve, say
+from .files import Log, resolve, print_status
 from .metrics import log_numbers, read_log
 from .presets import PRESETS
 from nanomoe.viz import (
     Figure,
     class_load,
-    co_activation,
-    coloured_text,
+    coactivation,
+    colored_text,
     domain_load,
     draw_model,
     finite,
     flow,
     frame,
-    harmless,
-    layer_colours,
+    escape_controls,
+    layer_colors,
     legend,
     load_heatmap,
     load_history,
     loss_curve,
     new_figure,
-    plain,
-    png,
+    escape_mathtext,
+    to_png,
     routed_rows,
     saturation,
     specialisation,
-    spread,
+    downsample,
     token_class,
     top_tokens,
     top_tokens_table,
@@ -64,7 +64,7 @@ def read_rows(path: Path) -> list[dict]:
         raise BadInput(f'{path} does not exist; name the folder of a run')
     rows = in_order(found := read_log(path))
     if len(rows) < len(found):
-        say(
+        print_status(
             f'{path}: {len(found) - len(rows)} lines are left out, as later ones take their place', sys.stderr
         )
     if not rows:
@@ -250,7 +250,9 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
     load_heatmap(mean, title='load at the end, fair share = 1', ax=fig.add_subplot(grid[1, :]))
     for i, layer in enumerate(layers if last else []):
         specialisation(last, layer, fig.add_subplot(grid[2, i]))
-    fig.suptitle(plain(f'{name}: experts over {rows[-1]["step"]:,} steps') if name else '', fontsize=11)
+    fig.suptitle(
+        escape_mathtext(f'{name}: experts over {rows[-1]["step"]:,} steps') if name else '', fontsize=11
+    )
     return fig
 
 # %% ../nbs/45_report.ipynb #health
@@ -267,7 +269,7 @@ def health_rows(rows: Sequence[dict]) -> list[dict]:
 
 def health_figure(rows: Sequence[dict]) -> Figure:
     "Each layer's health over a run's log lines, and the optimiser's: two rows of charts."
-    rows = spread(health_rows(rows), 400)
+    rows = downsample(health_rows(rows), 400)
     dots = '.-' if len(rows) < 3 else '-'
     steps, fig = [row['step'] for row in rows], new_figure(7.2, 3)
     charts = {
@@ -279,7 +281,7 @@ def health_figure(rows: Sequence[dict]) -> Figure:
     routed = bool(rows[-1].get('load'))
     for ax, (key, title) in zip(axes[0], charts.items() if routed else ()):
         curves = np.array([row['health'][key] for row in rows])  # (rows, L)
-        for layer, colour in enumerate(layer_colours(curves.shape[1])):
+        for layer, colour in enumerate(layer_colors(curves.shape[1])):
             ax.plot(steps, curves[:, layer], dots, color=colour, lw=1, label=f'layer {layer}')
         frame(ax, title)
     for ax in () if routed else axes[0]:
@@ -332,7 +334,7 @@ def routed_text(lines: Sequence[dict], n_experts: int) -> str:
     "HTML of an evaluation's texts, coloured by expert, a tab per layer."
 
     def text(line, layer):
-        return f'<p>{html.escape(harmless(line["domain"]))}</p>' + coloured_text(
+        return f'<p>{html.escape(escape_controls(line["domain"]))}</p>' + colored_text(
             line['pieces'], line['expert_ids'][layer], line['gates'][layer], line['kept'][layer]
         )
 
@@ -343,16 +345,19 @@ def routed_text(lines: Sequence[dict], n_experts: int) -> str:
     return tabs('text', panes)
 
 # %% ../nbs/45_report.ipynb #sections
-def picture(fig: Figure, alt: str) -> str:
+def img_tag(fig: Figure, alt: str) -> str:
     "The figure inside an HTML page, with words in its place for who cannot see it."
-    return f'<img src="data:image/png;base64,{base64.b64encode(png(fig)).decode()}" alt="{html.escape(alt)}">'
+    return (
+        f'<img src="data:image/png;base64,{base64.b64encode(to_png(fig)).decode()}" alt="{html.escape(alt)}">'
+    )
 
 
 def table(rows: Sequence[Sequence]) -> str:
     "HTML table of what can be shown as text; the first column names the rest."
     cells = [
         ''.join(
-            f'<t{"dh"[not i]}>{html.escape(harmless(str(v)))}</t{"dh"[not i]}>' for i, v in enumerate(row)
+            f'<t{"dh"[not i]}>{html.escape(escape_controls(str(v)))}</t{"dh"[not i]}>'
+            for i, v in enumerate(row)
         )
         for row in rows
     ]
@@ -394,11 +399,11 @@ def report(run: str | Path) -> str:
     """
     run = resolve(run)
     rows, settings = read_rows(run / 'log.jsonl'), settings_of(run)
-    sections = {'The run': facts(rows, settings), 'Loss': picture(curve_of(run, rows), 'loss over steps')}
+    sections = {'The run': facts(rows, settings), 'Loss': img_tag(curve_of(run, rows), 'loss over steps')}
     if routed_rows(rows):
-        sections['Experts'] = picture(experts_figure(rows), 'load of the experts')
+        sections['Experts'] = img_tag(experts_figure(rows), 'load of the experts')
     if health_rows(rows):
-        sections['Health'] = picture(health_figure(rows), 'health of the layers')
+        sections['Health'] = img_tag(health_figure(rows), 'health of the layers')
     if s := read_samples(run, rows):
         sections |= text_sections(s, n_experts_of(s, settings), settings.get('router'))
     sections['Settings'] = (
@@ -454,7 +459,7 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
     def kinds(ids):
         names, load = class_load(s.pieces, ids, n_experts)
         labels = [f'{name} ({counts[name]})' for name in names]
-        return picture(
+        return img_tag(
             load_heatmap(load, labels, 'tokens in brackets, fair share = 1'), 'expert by kind of token'
         )
 
@@ -462,7 +467,7 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
         return top_tokens_table(top_tokens(s.pieces, ids, n_experts))
 
     def pairs(ids):
-        return picture(co_activation(ids, n_experts), 'experts chosen together')
+        return img_tag(coactivation(ids, n_experts), 'experts chosen together')
 
     out = {
         'Text by expert': routed_text(s.lines, n_experts),
@@ -472,11 +477,11 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
     if last.shape[2] > 1:
         out['Chosen together'] = tabs('together', layers(pairs))
     if L > 1:
-        out['From layer to layer'] = picture(
+        out['From layer to layer'] = img_tag(
             flow(last[:, :, 0], n_experts), 'ways of tokens through the layers'
         )
     if len(s.steps) > 1:
-        out['When routing settled'] = picture(
+        out['When routing settled'] = img_tag(
             saturation(s.steps, s.expert_ids, n_experts), 'settled choices over steps'
         )
     return out
@@ -484,7 +489,7 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
 # %% ../nbs/45_report.ipynb #page
 def page(title: str, body: str) -> str:
     "A whole HTML page, light or dark as the reader's system is."
-    title = html.escape(harmless(title))
+    title = html.escape(escape_controls(title))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width">'
@@ -527,7 +532,7 @@ class Live:
         None where there is nothing newer than `step`. Raises `BadInput` while it waits.
         """
         rows = with_bits(in_order(self.log.read()))
-        wait = f'waiting for {harmless(str(self.run))}' + (
+        wait = f'waiting for {escape_controls(str(self.run))}' + (
             '/log.jsonl to get its first line' if self.run.is_dir() else ', which is not there'
         )
         if path == '/':
@@ -643,7 +648,8 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
         return Server((host, port), Handler)
     except (OSError, OverflowError) as e:
         raise BadInput(
-            f'port {port} of {harmless(host)} cannot be used: {getattr(e, "strerror", None) or e}; --port '
+            f'port {port} of {escape_controls(host)} cannot be used: {getattr(e, "strerror", None) or e}; '
+            '--port '
             '0 finds a free one'
         ) from None
 
@@ -672,7 +678,7 @@ class Watching:
     open: bool = True  # open the browser
 
 
-def drawn(kind: str, what: str, out: str | None) -> Path:
+def render(kind: str, what: str, out: str | None) -> Path:
     "Write what the command line asks for; returns the file."
     run = resolve(what)
     if kind == 'model' and what not in PRESETS:
@@ -688,7 +694,7 @@ def drawn(kind: str, what: str, out: str | None) -> Path:
             if kind == 'curve'
             else experts_figure(read_rows(run / 'log.jsonl'), run.resolve().name)
         )
-        content = png(fig, dpi=120)
+        content = to_png(fig, dpi=120)
     path = resolve(out) if out else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -702,20 +708,22 @@ def watch(run: str | Path, port: int | None = None, open: bool = True, host: str
     "Serve a page that shows the run as it goes on, until Ctrl-C; it may be there before the run is."
     folder = resolve(run)
     if folder.is_file():
-        raise BadInput(f'{harmless(str(run))} is a file; name the folder of a run')
+        raise BadInput(f'{escape_controls(str(run))} is a file; name the folder of a run')
     with server_at(run, port, host) as http:
         here, n = host in ('127.0.0.1', 'localhost', '0.0.0.0', '::', '::1'), http.server_port
         at = 'localhost' if here else f'[{host}]' if ':' in host else host
-        say(f'watching    {harmless(str(run))} at http://{at}:{n}/ (Ctrl-C ends)')
-        say(f'elsewhere   ssh -L {n}:{at}:{n} {socket.gethostname()}, then http://localhost:{n}/ there')
+        print_status(f'watching    {escape_controls(str(run))} at http://{at}:{n}/ (Ctrl-C ends)')
+        print_status(
+            f'elsewhere   ssh -L {n}:{at}:{n} {socket.gethostname()}, then http://localhost:{n}/ there'
+        )
         if not os.path.exists(folder / 'log.jsonl'):
             beside = (
                 sorted(path.name for path in folder.parent.iterdir() if os.path.exists(path / 'log.jsonl'))
                 if folder.parent.is_dir()
                 else []
             )
-            say(
-                harmless(
+            print_status(
+                escape_controls(
                     f'waiting     for {folder}'
                     + (f'; runs beside it: {", ".join(beside[:9])}' if beside else '')
                 )
@@ -753,7 +761,7 @@ def main(argv: list[str] | None = None):
         else:
             print(
                 f'{"report" if kind == "report" else "picture":11} '
-                f'{harmless(str(drawn(kind, argv[1], knobs.out)))}'
+                f'{escape_controls(str(render(kind, argv[1], knobs.out)))}'
             )
 
 

@@ -15,11 +15,11 @@ import torch
 
 from . import checkpoint
 from .config import BadInput, ModelConfig, TrainConfig, without_effect
-from .dataset import TokenFile, dataset_folder, fit_vocabulary, n_windows
+from .dataset import TokenDataset, dataset_folder, fit_vocabulary, n_sequences
 from .files import resolve
 from .model import GPT, flops_per_token, moe_layers
 from .optim import make_optimizer
-from .parallel import World, find_dtype, keep_freed_memory, launched_world, my_micro_batches
+from .parallel import DistContext, find_dtype, keep_freed_memory, dist_context, my_micro_batches
 from .presets import VOCABULARIES, short, total_active, weights_by_part
 
 # %% ../nbs/23_sizing.ipynb #states
@@ -84,7 +84,7 @@ def dry_run(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> str:
     """What a run would need: sizes by lesson 23's formulas, time by a few passes; raises `BadInput` where it
     could not start.
     """
-    world, out_dir = launched_world(cfg.device), resolve(cfg.out_dir)
+    world, out_dir = dist_context(cfg.device), resolve(cfg.out_dir)
     dtype, accumulated = (
         find_dtype(cfg.dtype, world.device),
         len(my_micro_batches(cfg.gradient_accumulation_steps, world)),
@@ -137,15 +137,15 @@ def expected_data(cfg: ModelConfig, dataset: str, tokens: int) -> tuple[ModelCon
         if not (V := cfg.vocab_size or VOCABULARIES.get(dataset)):
             raise
         return dataclasses.replace(cfg, vocab_size=V), str(missing)
-    data = TokenFile(dataset, 'train')
-    n_windows(data, cfg.block_size)
+    data = TokenDataset(dataset, 'train')
+    n_sequences(data, cfg.block_size)
     return fit_vocabulary(
         cfg, data
     ), f'{data.folder}: {len(data):,} tokens to train on, {tokens / len(data):.2g} times in the run'
 
 
 def needs(
-    model_cfg: ModelConfig, cfg: TrainConfig, world: World, dtype: torch.dtype, accumulated: int
+    model_cfg: ModelConfig, cfg: TrainConfig, world: DistContext, dtype: torch.dtype, accumulated: int
 ) -> list[str]:
     "Lines about memory and time, given how many micro-batches a step has on this process."
     cuda, low = world.device.type == 'cuda', dtype != torch.float32

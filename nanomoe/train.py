@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .checkpoint import check_folder, evaluations, fill, hold
+from .checkpoint import check_folder, evaluations, fill, lock_run
 from .command_line import launched_rank, one_sentence, read_command, tell_launcher
 from nanomoe.config import (
     BadInput,
@@ -37,37 +37,37 @@ from nanomoe.config import (
 )
 from .data import write_numbers
 from nanomoe.dataset import (
-    TokenFile,
-    all_windows,
+    TokenDataset,
+    all_sequences,
     batch_at,
-    compared_later,
+    verify_in_background,
     fit_vocabulary,
-    mixed,
-    n_windows,
-    some_windows,
+    splitmix64,
+    n_sequences,
+    sample_sequences,
     target_domains,
     training_batch,
 )
 from .experts import MoE
-from .files import Lines, cut_log, resolve, say, write_whole
+from .files import Lines, cut_log, resolve, print_status, write_whole
 from .losses import update_bias
-from .metrics import Level, Record, StepStats, by_name, health, read_log, step_stats
+from .metrics import SpikeDetector, Record, StepStats, by_name, health, read_log, step_stats
 from .model import GPT, flops_per_token, moe_layers, n_params, token_losses
 from .optim import lr_at, make_optimizer, parameter_names, set_learning_rate
 from nanomoe.parallel import (
     Feed,
     StopRequest,
-    World,
+    DistContext,
     all_reduce,
     deterministic,
     find_dtype,
     keep_freed_memory,
-    launched_world,
+    dist_context,
     my_micro_batches,
     peak_flops,
     process_group,
-    quietly,
-    share_gradients,
+    no_sync,
+    wrap_ddp,
 )
 from .pretrained import initial_weights
 
@@ -76,7 +76,12 @@ from .tokenizer import load_tokenizer, token_bytes
 # %% ../nbs/09_train.ipynb #evaluate
 @torch.no_grad()
 def evaluate(
-    model: GPT, data: TokenFile, starts: np.ndarray, batch_size: int, autocast, world: World = World()
+    model: GPT,
+    data: TokenDataset,
+    starts: np.ndarray,
+    batch_size: int,
+    autocast,
+    world: DistContext = DistContext(),
 ) -> dict:
     """Mean cross-entropy in nats and bits per byte on the windows at `starts`, also per domain, with the
     load.
@@ -140,14 +145,14 @@ class Trainer:
     A process makes its own before it meets the others, so that nothing has begun when something is refused.
     """
 
-    def __init__(self, model_cfg: ModelConfig, cfg: TrainConfig, world: World):
+    def __init__(self, model_cfg: ModelConfig, cfg: TrainConfig, world: DistContext):
         self.cfg, self.world, self.out_dir = cfg, world, resolve(cfg.out_dir)
         self.dtype = find_dtype(cfg.dtype, world.device)
         self.micro_batches = my_micro_batches(cfg.gradient_accumulation_steps, world)
         if not cfg.eval_only:
             check_folder(self.out_dir)
         self.data, self.val = open_data(cfg.dataset, model_cfg.block_size)
-        self.comparing = compared_later(self.data, self.val)
+        self.comparing = verify_in_background(self.data, self.val)
         self.model_cfg = fit_vocabulary(model_cfg, self.data)
         resumed = find_resume(self)
         torch.manual_seed(cfg.seed)
@@ -161,7 +166,7 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stop, self.halt = StopRequest(lambda: save_before(self)), False
         self.changing = threading.RLock()  # held while weights, counters or checkpoints change
-        self.saver, self.level, self.newest, self.last = checkpoint.Saver(), Level(), None, None
+        self.saver, self.level, self.newest, self.last = checkpoint.Saver(), SpikeDetector(), None, None
         self.evaluations = []  # their lines in the log
         self.vocabulary = (self.data.folder / 'tokenizer.json').read_text()
         self.log, self.samples = Lines(self.out_dir / 'log.jsonl'), Lines(self.out_dir / 'samples.jsonl')
@@ -192,7 +197,7 @@ class Trainer:
 
 # %% ../nbs/09_train.ipynb #trainer-together
 @contextmanager
-def together(run: Trainer, world: World):
+def together(run: Trainer, world: DistContext):
     """All processes are there: in the block they share gradients. Raises `BadInput` where they hold different
     steps.
     """
@@ -203,7 +208,7 @@ def together(run: Trainer, world: World):
             f'the processes would continue from steps {oldest:.0f} to {newest:.0f}; '
             f'out_dir {run.out_dir} must hold the same checkpoints on every machine'
         )
-    run.shared = share_gradients(run.model, world)
+    run.shared = wrap_ddp(run.model, world)
     try:
         yield
     finally:
@@ -216,7 +221,7 @@ def together(run: Trainer, world: World):
 def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
     "Forward and backward of the run's micro-batch `number`: its `StepStats`, packed."
     x, y = begin_batch(run, number)
-    with quietly(run.shared, last):
+    with no_sync(run.shared, last):
         with run.autocast:
             out = run.shared(x, y, keep_logits=False, counts=run.counts)
         run.scaler.scale(out.losses.total / len(run.micro_batches)).backward()
@@ -226,7 +231,7 @@ def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
 def begin_batch(run: Trainer, number: int) -> tuple[Tensor, Tensor]:
     "The inputs and targets of micro-batch `number`, (B, T) each, with the seed of its dropout and noise."
     run.world.beat()
-    torch.manual_seed(int(mixed(np.array([number], np.uint64), run.cfg.seed)[0] >> np.uint64(1)))
+    torch.manual_seed(int(splitmix64(np.array([number], np.uint64), run.cfg.seed)[0] >> np.uint64(1)))
     batch = run.feed[number]
     run.world.beat()
     return batch
@@ -325,7 +330,7 @@ def note_spike(run: Trainer, ce: float):
     "Count a loss that leaps out of its usual range, and say so."
     usual, run.level = run.level, run.level.after(ce)
     if run.level.spikes > usual.spikes and run.world.first:
-        say(
+        print_status(
             f'step {run.step}: the loss leapt to {ce:.3f} from {usual.mean:.3f} ± {usual.spread:.3f}',
             sys.stderr,
         )
@@ -334,16 +339,16 @@ def note_spike(run: Trainer, ce: float):
 def validate(run: Trainer, everything: bool) -> dict:
     "Validation figures on the whole held-out text, or on the fixed choice of `eval_iters` micro-batches."
     T, B = run.model_cfg.block_size, run.cfg.batch_size
-    starts = all_windows(run.val, T) if everything else some_windows(run.val, T, run.cfg.eval_iters * B)
+    starts = all_sequences(run.val, T) if everything else sample_sequences(run.val, T, run.cfg.eval_iters * B)
     return evaluate(run.model, run.val, starts, B, run.autocast, run.world)
 
 # %% ../nbs/09_train.ipynb #trainer-helpers
-def open_data(dataset: str, block_size: int) -> tuple[TokenFile, TokenFile]:
+def open_data(dataset: str, block_size: int) -> tuple[TokenDataset, TokenDataset]:
     "The training and validation split; the preset `tiny` has its arithmetic written on first use."
     if dataset == 'numbers' and not (resolve('data/numbers') / 'manifest.json').exists():
         write_numbers()
-    train, val = TokenFile(dataset, 'train'), TokenFile(dataset, 'val')
-    n_windows(train, block_size)
+    train, val = TokenDataset(dataset, 'train'), TokenDataset(dataset, 'val')
+    n_sequences(train, block_size)
     if load_tokenizer(train.folder).n_vocab != train.vocab_size:
         raise BadInput(f'{train.folder} holds a tokenizer that is not its own; prepare the dataset again')
     return train, val
@@ -357,7 +362,7 @@ def finish_comparison(run: Trainer):
     run.comparing.result()
 
 # %% ../nbs/09_train.ipynb #trainer-data
-def fingerprint(data: TokenFile) -> list[str]:
+def fingerprint(data: TokenDataset) -> list[str]:
     "Digests of the training shards, by which a run knows its data again."
     return [s['sha256'] for s in data.manifest['splits']['train']['shards']]
 
@@ -380,7 +385,7 @@ def save(run: Trainer, halt: bool):
         return
     limit = run.cfg.hang_timeout / 2 or None  # the others wait meanwhile
     if not halt and futures.wait([run.saver.writing], limit).not_done:
-        say(
+        print_status(
             f'step {run.step}: the checkpoint before is still being written, so this one is left out',
             sys.stderr,
         )
@@ -419,7 +424,7 @@ def save_before(run: Trainer):
         try:
             save(run, halt=False)
         except RuntimeError as e:
-            say(e, sys.stderr)
+            print_status(e, sys.stderr)
 
 # %% ../nbs/09_train.ipynb #saved-state
 def saved(run: Trainer) -> bool:
@@ -430,7 +435,7 @@ def saved(run: Trainer) -> bool:
     try:
         run.saver.wait()
     except OSError as e:
-        say(
+        print_status(
             f'a checkpoint could not be written ({e}); the older ones are kept, and the next is tried at '
             'its time',
             sys.stderr,
@@ -506,7 +511,7 @@ def restore(run: Trainer, found: checkpoint.Checkpoint):
         if found.meta['scaler'] and run.scaler.is_enabled():
             run.scaler.load_state_dict(found.meta['scaler'])
         run.step, run.skipped = found.step, found.meta['skipped']
-        run.level = by_name(Level, found.meta['level'])
+        run.level = by_name(SpikeDetector, found.meta['level'])
         counts = [run.step, run.skipped, run.level.steps, run.level.spikes]
         if run.step:
             run.newest = Record.from_state(found.meta['record'])
@@ -596,7 +601,7 @@ def write_files(run: Trainer):
 def claim(run: Trainer):
     "Make the run's folder, hold it, and write what its readers need."
     run.out_dir.mkdir(parents=True, exist_ok=True)
-    run.lock = hold(run.out_dir)
+    run.lock = lock_run(run.out_dir)
     write_whole(run.out_dir / 'config.json', json.dumps(to_dict(run.model_cfg, run.cfg), indent=1))
     write_whole(run.out_dir / 'tokenizer.json', run.vocabulary)
 
@@ -609,7 +614,7 @@ def keep_folder(run: Trainer):
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(run.lock.fileno()), os.stat(run.out_dir / '.lock')):
             return
-    say(f'{run.out_dir} was deleted or renamed; it is made anew, and the run goes on', sys.stderr)
+    print_status(f'{run.out_dir} was deleted or renamed; it is made anew, and the run goes on', sys.stderr)
     run.lock.close()
     claim(run)
 
@@ -656,7 +661,7 @@ def train(
     """
     check(model_cfg, train_cfg)
     with deterministic(train_cfg.deterministic):
-        run = Trainer(model_cfg, train_cfg, launched_world(train_cfg.device))
+        run = Trainer(model_cfg, train_cfg, dist_context(train_cfg.device))
         with (
             process_group(train_cfg.device, train_cfg.backend, train_cfg.hang_timeout) as world,
             together(run, world),
@@ -806,7 +811,7 @@ def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:
 def show(line: str, keep: bool):
     "Rewrite the terminal's last line; print a line of its own where it should stay or there is no terminal."
     if not sys.stdout.isatty():
-        say(line)
+        print_status(line)
     else:
         print('\r\033[K' + line, end='\n' if keep else '', flush=True)
 
@@ -845,7 +850,7 @@ def heading(run: Trainer, given: list[str] = ()) -> str:
     )
 
 
-def summary(out_dir: Path, data: TokenFile, newest: Record | None = None) -> str:
+def summary(out_dir: Path, data: TokenDataset, newest: Record | None = None) -> str:
     "What the run in `out_dir` has reached, by its newest record or its log, beside general compressors."
     rows = read_log(out_dir / 'log.jsonl') + ([newest.row()] if newest else [])
     rows, entry = [row for row in rows if 'val_ce' in row], data.manifest['splits']['val']
@@ -905,7 +910,7 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> bool:
     if cfg.tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
         raise BadInput("tracker wandb needs the package wandb; install it with: pip install -e '.[wandb]'")
     first, started, r, tracker = None, time.perf_counter(), None, None
-    for r in train(model_cfg, cfg, lambda run: say(heading(run, given)) if speaks else None):
+    for r in train(model_cfg, cfg, lambda run: print_status(heading(run, given)) if speaks else None):
         if not speaks:
             continue
         if first is None:
@@ -921,12 +926,12 @@ def watch(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> bool:
     stopped = r is not None and (r.step < cfg.max_iters or not r.val) and not cfg.eval_only
     if speaks:
         if stopped:
-            say(f'\nstopped after step {r.step}; the same command continues from there')
-        data = TokenFile(cfg.dataset, 'val')
-        say('\n' + summary(resolve(cfg.out_dir), data, r))
+            print_status(f'\nstopped after step {r.step}; the same command continues from there')
+        data = TokenDataset(cfg.dataset, 'val')
+        print_status('\n' + summary(resolve(cfg.out_dir), data, r))
         out = os.path.relpath(resolve(cfg.out_dir))
         if not (stopped or cfg.eval_only):
-            say(f'next        python -m nanomoe.sample {out}, or python -m nanomoe.viz report {out}')
+            print_status(f'next        python -m nanomoe.sample {out}, or python -m nanomoe.viz report {out}')
     return not stopped
 
 # %% ../nbs/09_train.ipynb #command-end

@@ -17,7 +17,7 @@ import torch
 
 from nanomoe import bench, checkpoint, data, report, sample, sizing, train
 from nanomoe.corpora import Document, file_documents, numbers_documents
-from nanomoe.files import sealed
+from nanomoe.files import with_checksum
 from nanomoe.optim import make_optimizer
 from nanomoe.tokenizer import make_tokenizer, save_tokenizer
 from nanomoe.command_line import parse, words_first
@@ -278,7 +278,9 @@ def bad(tmp_path_factory) -> Path:
     )
     manifest = json.loads((folder / 'beyond' / 'manifest.json').read_text())
     (folder / 'edited' / 'manifest.json').write_text(json.dumps(manifest | {'vocab_size': 200}))
-    (folder / 'beyond' / 'manifest.json').write_text(json.dumps(sealed(manifest | {'vocab_size': 200})))
+    (folder / 'beyond' / 'manifest.json').write_text(
+        json.dumps(with_checksum(manifest | {'vocab_size': 200}))
+    )
     save_tokenizer(make_tokenizer('chars', ['abc'], 0), folder / 'swapped')
     model = PRESETS['tiny'][0]
     model = replace(model, vocab_size=4)

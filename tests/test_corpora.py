@@ -34,8 +34,8 @@ from nanomoe.corpora import (
     nanogpts_split,
     numbers_documents,
 )
-from nanomoe.dataset import ShardWriter, TokenFile, open_shard, turns, verify
-from nanomoe.tokenizer import END, encoding, load_tokenizer, make_tokenizer, tiktokens_own
+from nanomoe.dataset import ShardWriter, TokenDataset, open_shard, mixture_schedule, verify
+from nanomoe.tokenizer import EOT, tiktoken_encoding, load_tokenizer, make_tokenizer, tiktokens_own
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ def corpus(texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp('corpus')
     rows = [dict(text=text, kind=f'kind {i % 3}', number=i) for i, text in enumerate(texts)]
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
-    (folder / 'pages.txt').write_text(END.join(texts))
+    (folder / 'pages.txt').write_text(EOT.join(texts))
     (folder / 'pages.jsonl').write_text(lines)
     (folder / 'pages.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
     table = pyarrow.Table.from_pylist(rows)
@@ -69,7 +69,7 @@ def corpus(texts, tmp_path_factory):
 
 
 def tokens(folder, split: str) -> list[int]:
-    found = TokenFile(folder, split)
+    found = TokenDataset(folder, split)
     return found.read(0, len(found)).tolist()
 
 
@@ -96,19 +96,19 @@ def test_every_door_of_datasets_gives_the_same_documents(name, corpus, texts):
 
 def test_domains_of_rows_and_of_sources(corpus, tmp_path):
     data.prepare(str(corpus / 'pages.parquet'), tmp_path / 'rows', 'bytes', domain_column='kind')
-    found = TokenFile(tmp_path / 'rows', 'train')
+    found = TokenDataset(tmp_path / 'rows', 'train')
     assert list(found.domains) == ['kind 0', 'kind 1', 'kind 2'] and all(
         stop > start for start, stop in found.domains.values()
     )
     files = [s['file'] for s in found.manifest['splits']['train']['shards']]
     assert len(set(files)) == 3 and all(file.startswith(f'kind-{i}-') for i, file in enumerate(files))
-    (tmp_path / 'code.txt').write_text(END.join(f'def f{i}(): return {i}' for i in range(200)))
+    (tmp_path / 'code.txt').write_text(EOT.join(f'def f{i}(): return {i}' for i in range(200)))
     data.prepare(
         [str(corpus / 'pages.jsonl'), str(tmp_path / 'code.txt')], tmp_path / 'two', 'bytes', weights='1,3'
     )
     assert (
-        TokenFile(tmp_path / 'two', 'train').weights == {'pages': 1, 'code': 3}
-        and TokenFile(tmp_path / 'two', 'val').weights is None
+        TokenDataset(tmp_path / 'two', 'train').weights == {'pages': 1, 'code': 3}
+        and TokenDataset(tmp_path / 'two', 'val').weights is None
     )
 
 
@@ -128,7 +128,7 @@ def test_gpt2s_vocabulary_without_a_network(corpus, texts, tmp_path, gpt2_vocabu
     data.prepare(str(corpus / 'pages.parquet'), tmp_path / 'gpt2', 'gpt2')
     own, saved = tiktokens_own('gpt2'), load_tokenizer(tmp_path / 'gpt2')
     assert saved is not own and saved.n_vocab == 50257 and saved.eot_token == 50256
-    for text in [*texts, 'hello world', "it's 1234\n\n  x", END]:
+    for text in [*texts, 'hello world', "it's 1234\n\n  x", EOT]:
         assert saved.encode_ordinary(text) == own.encode_ordinary(text)
     assert (
         saved.encode('hello world') == [31373, 995]
@@ -151,7 +151,7 @@ def test_nanogpts_own_files_in_gpt2s_tokens(tmp_path, gpt2_vocabulary):
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
     pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
-    tokenizer = encoding('pairs', r'[\s\S]{2}|[\s\S]', {bytes([i]): i for i in range(256)} | pairs)
+    tokenizer = tiktoken_encoding('pairs', r'[\s\S]{2}|[\s\S]', {bytes([i]): i for i in range(256)} | pairs)
     for writer in [ShardWriter(tmp_path, 'wide', tokenizer.n_vocab)]:
         writer.add(np.array(tokenizer.encode_ordinary('zz~~') + [65_791]))
         (entry,) = writer.close()
@@ -168,7 +168,7 @@ def test_max_tokens_are_shared_out(corpus, tmp_path):
         max_tokens=12_000,
         weights='1,2',
     )
-    manifest = TokenFile(tmp_path / 'few', 'train').manifest['splits']
+    manifest = TokenDataset(tmp_path / 'few', 'train').manifest['splits']
     per_source = {
         name: sum(
             manifest[s]['domains'].get(name, [0, 0])[1] - manifest[s]['domains'].get(name, [0, 0])[0]
@@ -181,8 +181,8 @@ def test_max_tokens_are_shared_out(corpus, tmp_path):
 
 KILLED = """
 import functools, sys, nanomoe.data as data
-data.NOTED_EVERY, data.LEARN = 0.0, 20_000          # a note after every document
-data.encoded = functools.partial(data.encoded, batch=1000)
+data.NOTED_EVERY, data.BPE_TRAIN_CHARS = 0.0, 20_000          # a note after every document
+data.tokenize = functools.partial(data.tokenize, batch=1000)
 data.prepare(sys.argv[2:], sys.argv[1], 'bpe', vocab_size=300)
 """
 
@@ -221,7 +221,7 @@ def test_a_killed_preparation_goes_on(corpus, tmp_path, seed, soak):
 def noting(monkeypatch):
     "Notes of progress after every document, and few documents in flight."
     monkeypatch.setattr(data, 'NOTED_EVERY', 0.0)
-    monkeypatch.setattr(data, 'encoded', partial(data.encoded, batch=100))
+    monkeypatch.setattr(data, 'tokenize', partial(data.tokenize, batch=100))
 
 
 def test_another_job_does_not_go_on_from_the_notes_of_one(corpus, tmp_path, noting):
@@ -335,7 +335,7 @@ def test_token_files_of_others_are_read_as_they_are(corpus, tmp_path):
         data.prepare(str(tmp_path / name), tmp_path / f'{name} read', 'bytes')
         for split in ('train', 'val'):
             ours, theirs = (
-                TokenFile(folder, split) for folder in (tmp_path / 'ours', tmp_path / f'{name} read')
+                TokenDataset(folder, split) for folder in (tmp_path / 'ours', tmp_path / f'{name} read')
             )
             assert (
                 tokens(tmp_path / 'ours', split) == tokens(tmp_path / f'{name} read', split)
@@ -346,13 +346,13 @@ def test_token_files_of_others_are_read_as_they_are(corpus, tmp_path):
             )
         assert all(p.is_symlink() for p in (tmp_path / f'{name} read').glob('*.bin'))
         assert verify(tmp_path / f'{name} read').endswith('every byte as it was written')
-    assert list(TokenFile(tmp_path / 'llmc read', 'train').domains) == ['pages'] and list(
-        TokenFile(tmp_path / 'nanogpt read', 'train').domains
+    assert list(TokenDataset(tmp_path / 'llmc read', 'train').domains) == ['pages'] and list(
+        TokenDataset(tmp_path / 'nanogpt read', 'train').domains
     ) == ['nanogpt']
     with open(tmp_path / 'nanogpt' / 'val.bin', 'ab') as f:
         f.write(b'\0\0')
     with pytest.raises(BadInput, match='its manifest says'):
-        TokenFile(tmp_path / 'nanogpt read', 'val')
+        TokenDataset(tmp_path / 'nanogpt read', 'val')
     (tmp_path / 'nanogpt' / 'meta.pkl').write_bytes(b'')
     with pytest.raises(BadInput, match='holds a vocabulary as a pickle, which is not read'):
         data.prepare(str(tmp_path / 'nanogpt'), tmp_path / 'x', 'bytes')
@@ -444,8 +444,8 @@ def test_a_million_blanks_do_not_end_a_preparation():
         tokenizer = make_tokenizer(kind, texts, 300)
         with pytest.raises(ValueError, match='Max stack size'):
             tokenizer.encode(texts[1])
-        found = data.encoded(
-            (data.Piece(text, 'pages', 'train', i) for i, text in enumerate(texts)), tokenizer
+        found = data.tokenize(
+            (data.Part(text, 'pages', 'train', i) for i, text in enumerate(texts)), tokenizer
         )
         assert [tokenizer.decode(e.ids[1:].tolist()) for e in found] == texts
 
@@ -500,7 +500,7 @@ def test_domains_of_like_names_do_not_share_a_file(tmp_path):
     ]
     (tmp_path / 'd.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     data.prepare(str(tmp_path / 'd.jsonl'), tmp_path / 'made', 'bytes', domain_column='kind')
-    found = TokenFile(tmp_path / 'made', 'train')
+    found = TokenDataset(tmp_path / 'made', 'train')
     for domain, (start, stop) in found.domains.items():
         texts = bytes(i if i < 256 else 0 for i in found.read(start, stop)).decode().split('\0')[1:]
         assert texts and all(text in {row['text'] for row in rows if row['kind'] == domain} for text in texts)
@@ -592,7 +592,7 @@ def test_a_document_is_noted_with_both_its_parts_or_not_at_all(at, texts, tmp_pa
                 yield Document(text, 'pages', str(i))
 
     # `bytes` learns nothing and reads nothing
-    monkeypatch.setattr(data, 'upto', lambda pieces, limit: iter(()))
+    monkeypatch.setattr(data, 'take_chars', lambda pieces, limit: iter(()))
     source = Source('pages', documents, held_out=lambda name: False)
     with pytest.raises(KeyboardInterrupt):
         data.write_dataset([source], tmp_path / 'out', 'bytes')
@@ -629,7 +629,7 @@ def test_damaged_notes_are_begun_anew(damage, corpus, tmp_path, noting):
 
 @pytest.mark.parametrize('weights', [[999, 2, 999], [1, 998, 1], [1] * 7, [0.001, 0.999]])
 def test_every_domain_with_a_weight_has_its_turn(weights):
-    domain, number = turns(np.arange(3000), weights, seed=1)
+    domain, number = mixture_schedule(np.arange(3000), weights, seed=1)
     for block in domain.reshape(3, 1000):
         counts = np.bincount(block, minlength=len(weights))
         assert (counts >= 1).all() and np.abs(counts - 1000 * np.array(weights) / sum(weights)).max() <= 1
@@ -711,7 +711,7 @@ def test_token_files_beside_the_program_that_made_them(tmp_path, capsys):
         f'written to {tmp_path}/ds; train on it: python -m nanomoe.train PRESET --dataset {tmp_path}/ds'
         in capsys.readouterr().out
     )
-    assert len(TokenFile(tmp_path / 'ds', 'train')) == 5000
+    assert len(TokenDataset(tmp_path / 'ds', 'train')) == 5000
     (texts / 'weights.bin').write_bytes(b'12345678'), (texts / 'a.txt').write_text('some text\n' * 200)
     assert data.prepare(texts, tmp_path / 'mine', 'bytes')['splits']['train']['documents'] == 1
 

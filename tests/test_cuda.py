@@ -27,17 +27,17 @@ from torch.utils.checkpoint import checkpoint as recompute
 from nanomoe import checkpoint, experts, train
 from nanomoe.losses import Losses
 from nanomoe.metrics import step_stats
-from nanomoe.optim import lr_at, make_optimizer, orthogonalised
+from nanomoe.optim import lr_at, make_optimizer, newton_schulz
 from nanomoe.attention import FixedKVCache, KVCache
 from nanomoe.capacity import expert_capacity
 from nanomoe.config import ModelConfig, TrainConfig
 from nanomoe.presets import PRESETS
 from nanomoe.data import prepare
-from nanomoe.dataset import TokenFile, all_windows, training_batch
+from nanomoe.dataset import TokenDataset, all_sequences, training_batch
 from nanomoe.experts import MoE
 from nanomoe.losses import balance_loss
-from nanomoe.model import GPT, head_loss
-from nanomoe.parallel import Feed, World
+from nanomoe.model import GPT, chunked_cross_entropy
+from nanomoe.parallel import Feed, DistContext
 from nanomoe.router import Routing
 from nanomoe.sample import generate
 
@@ -334,7 +334,7 @@ def test_head_loss_is_cross_entropy(device, dtype):
     want = F.cross_entropy(leaves[0] @ leaves[1].T, y, ignore_index=-1)
     want.backward()
     here = [t.to(device, dtype).requires_grad_() for t in (x, weight)]
-    loss = head_loss(*here, y.to(device), chunk=32)
+    loss = chunked_cross_entropy(*here, y.to(device), chunk=32)
     loss.backward()
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert abs(loss.item() - want.item()) < bound * want.item()
@@ -369,7 +369,7 @@ def losses(cfg: ModelConfig, settings: TrainConfig) -> list[float]:
 
 def plain_losses(cfg: ModelConfig, s: TrainConfig) -> list[float]:
     "The same from a few lines on the CPU: AdamW of torch, no thread, no scaler, logits kept."
-    data = TokenFile(s.dataset, 'train')
+    data = TokenDataset(s.dataset, 'train')
     torch.manual_seed(s.seed)
     model = GPT(cfg)
     params = dict(model.named_parameters())
@@ -440,7 +440,7 @@ from torch._dynamo.utils import counters
 from nanomoe.config import ModelConfig, TrainConfig
 from nanomoe.model import GPT
 from nanomoe.optim import make_optimizer
-from nanomoe.parallel import process_group, quietly, share_gradients
+from nanomoe.parallel import process_group, no_sync, wrap_ddp
 
 def gradients(cfg, world, x, y, compiled):
     "Of a step of three micro-batches, after one other step."
@@ -533,7 +533,7 @@ def test_float16_is_scaled_and_an_overflow_is_skipped(device, numbers, tmp_path,
     monkeypatch.setattr(train, 'find_dtype', lambda name, device: torch.float16)
     for optimizer in ('adamw', 'muon'):
         cfg, run = small('modern'), settings(tmp_path / optimizer, numbers, device, optimizer=optimizer)
-        trainer = train.Trainer(cfg, run, World(device=device))
+        trainer = train.Trainer(cfg, run, DistContext(device=device))
         got = [train.update(trainer)[0][0].item() / 2 for _ in range(20)]
         if optimizer == 'adamw':
             assert got == pytest.approx(plain_losses(cfg, run)[::2], rel=2e-2)
@@ -557,7 +557,7 @@ def test_an_update_waits_for_the_device_once(device, numbers, tmp_path, monkeypa
     trainer = train.Trainer(
         cfg,
         settings(tmp_path, numbers, device, gradient_accumulation_steps=5, dtype='bfloat16'),
-        World(device=device),
+        DistContext(device=device),
     )
     train.update(trainer)
     copies, real = [], torch.Tensor.cpu
@@ -596,7 +596,7 @@ def test_an_update_waits_for_the_device_once(device, numbers, tmp_path, monkeypa
 
 def test_batches_arrive_as_they_are_read(device, numbers):
     "Every sample of a run, in order, out of order, and across many files."
-    data = TokenFile(numbers, 'train')
+    data = TokenDataset(numbers, 'train')
 
     def read(n):
         return training_batch(data, 3 * n, 3, 64, seed=5)
@@ -612,8 +612,8 @@ def test_batches_arrive_as_they_are_read(device, numbers):
 
 def test_evaluation_is_the_same_on_every_device(device, numbers):
     torch.manual_seed(0)
-    model, data = GPT(small('nano_moe')), TokenFile(numbers, 'val')
-    starts = all_windows(data, 32)[:50]
+    model, data = GPT(small('nano_moe')), TokenDataset(numbers, 'val')
+    starts = all_sequences(data, 32)[:50]
     off = torch.autocast('cpu', enabled=False)
     with torch.no_grad():
         model.eval()
@@ -624,13 +624,13 @@ def test_evaluation_is_the_same_on_every_device(device, numbers):
                 for s in starts.tolist()
             )
         ]
-    found = train.evaluate(model.to(device), data, starts, 4, off, World(device=device))
+    found = train.evaluate(model.to(device), data, starts, 4, off, DistContext(device=device))
     assert found['val_tokens'] == 50 * 32
-    assert train.evaluate(model, data, starts, 50, off, World(device=device))['val_ce'] == pytest.approx(
-        found['val_ce'], rel=1e-3
-    )
+    assert train.evaluate(model, data, starts, 50, off, DistContext(device=device))[
+        'val_ce'
+    ] == pytest.approx(found['val_ce'], rel=1e-3)
     # queues of one row, as in `nats`
-    alone = train.evaluate(model, data, starts, 1, off, World(device=device))
+    alone = train.evaluate(model, data, starts, 1, off, DistContext(device=device))
     assert alone['val_ce'] == pytest.approx(sum(nats) / (50 * 32), rel=1e-5)
 
 
@@ -669,7 +669,7 @@ def test_compiled_sampling_writes_the_same(device, preset):
 
 def test_orthogonalised_matrices_are(device):
     m = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0)).to(device)
-    made = orthogonalised(m)
+    made = newton_schulz(m)
     assert made.dtype == m.dtype
     values = torch.linalg.svdvals(made.cpu())
     assert values.min() > 0.6 and values.max() < 1.3

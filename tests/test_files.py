@@ -27,8 +27,8 @@ from nanomoe.tokenizer import load_tokenizer
 from nanomoe.command_line import one_sentence, parse
 from nanomoe.config import BadInput, ModelConfig, check, field_names, from_dict
 from nanomoe.presets import PRESETS
-from nanomoe.dataset import TokenFile, all_windows, batch_at, target_domains, verify
-from nanomoe.files import Lines, cut_log, read_sealed, sealed, sha256
+from nanomoe.dataset import TokenDataset, all_sequences, batch_at, target_domains, verify
+from nanomoe.files import Lines, cut_log, read_with_checksum, with_checksum, sha256
 from nanomoe.model import GPT
 
 HERE = Path(__file__).parent
@@ -54,8 +54,8 @@ def saved(root: Path, steps=(10, 20)) -> Path:
 def read_all(folder: Path):
     "What training reads of a dataset."
     for split in ('train', 'val'):
-        tokens = TokenFile(folder, split)
-        starts = all_windows(tokens, 32)[:4]
+        tokens = TokenDataset(folder, split)
+        starts = all_sequences(tokens, 32)[:4]
         batch_at(tokens, starts, 32), target_domains(tokens, starts, 32)
     tokenizer = load_tokenizer(folder)
     tokenizer.decode(range(min(3, tokenizer.n_vocab)))
@@ -122,7 +122,7 @@ def test_no_file_executes_anything(dataset, tmp_path, capsys):
     torch.save({'w': Bomb(marker)}, run / 'step-00000020' / 'model.safetensors')
     meta = json.loads((run / 'step-00000020' / 'meta.json').read_text())
     meta['sha256']['model.safetensors'] = sha256(run / 'step-00000020' / 'model.safetensors')
-    (run / 'step-00000020' / 'meta.json').write_text(json.dumps(sealed(meta)))
+    (run / 'step-00000020' / 'meta.json').write_text(json.dumps(with_checksum(meta)))
     assert checkpoint.load_latest(run).step == 10 and 'holds no checkpoint' in capsys.readouterr().err
     torch.save({'model': {'w': Bomb(marker)}}, tmp_path / 'ckpt.pt')
     for call in (pretrained.load_run, sample.load):
@@ -282,7 +282,7 @@ def test_fuzzed_manifests(dataset, tmp_path, seed, soak):
         read_all(folder)
 
     def reseal(tree):
-        return json.dumps(sealed(tree) if isinstance(tree, dict) else tree).encode()
+        return json.dumps(with_checksum(tree) if isinstance(tree, dict) else tree).encode()
 
     flat = {key: value for key, value in json.loads(content).items() if key != 'seal'}
     fuzz(damaged(content) | rewritten(flat).map(reseal), manifests, seed, 1000 if soak else 100)
@@ -300,7 +300,7 @@ def test_fuzzed_tokenizers(dataset, tmp_path, seed, soak):
     fuzz(
         damaged(content)
         | rewritten(flat).map(
-            lambda tree: json.dumps(sealed(tree) if isinstance(tree, dict) else tree).encode()
+            lambda tree: json.dumps(with_checksum(tree) if isinstance(tree, dict) else tree).encode()
         ),
         tokenizers,
         seed,
@@ -319,7 +319,7 @@ def test_fuzzed_shards(dataset, tmp_path, seed, soak):
     def shards(case):
         (folder / 'numbers_val_000000.bin').write_bytes(case)
         flat['splits']['val']['shards'][0]['sha256'] = sha256(folder / 'numbers_val_000000.bin')
-        (folder / 'manifest.json').write_text(json.dumps(sealed(flat)))
+        (folder / 'manifest.json').write_text(json.dumps(with_checksum(flat)))
         read_all(folder)
 
     fuzz(
@@ -340,7 +340,7 @@ def test_fuzzed_checkpoints(tmp_path, seed, soak):
         (step / 'model.safetensors').write_bytes(content)
         if tree is flat:
             flat['sha256']['model.safetensors'] = sha256(step / 'model.safetensors')
-        (step / 'meta.json').write_text(json.dumps(sealed(tree) if isinstance(tree, dict) else tree))
+        (step / 'meta.json').write_text(json.dumps(with_checksum(tree) if isinstance(tree, dict) else tree))
         checkpoint.load(step)
 
     fuzz(
@@ -357,7 +357,7 @@ def test_a_shard_that_is_no_file(dataset, tmp_path, name):
     (folder / 'folder').mkdir()
     flat = json.loads((folder / 'manifest.json').read_text())
     flat['splits']['train']['shards'][0]['file'] = name
-    (folder / 'manifest.json').write_text(json.dumps(sealed(flat)))
+    (folder / 'manifest.json').write_text(json.dumps(with_checksum(flat)))
     for call in (read_all, verify):
         with pytest.raises(BadInput):
             call(folder)
@@ -371,7 +371,7 @@ def test_a_checkpoint_that_cannot_be_read_or_holds_no_model(tmp_path, capsys):
     (root / 'step-00000020' / 'optim.safetensors').unlink()
     (root / 'step-00000020' / 'optim.safetensors').mkdir()
     assert checkpoint.load_latest(root).step == 10 and 'is not what was written' in capsys.readouterr().err
-    (root / 'step-00000010' / 'meta.json').write_text(json.dumps(sealed({'step': 10, 'sha256': {}})))
+    (root / 'step-00000010' / 'meta.json').write_text(json.dumps(with_checksum({'step': 10, 'sha256': {}})))
     with pytest.raises(BadInput, match='holds no model with its configuration'):
         pretrained.load_run(root)
 
@@ -416,16 +416,18 @@ def test_a_dataset_keeps_its_own_tokenizer(tmp_path):
         data.write_dataset(numbers_documents(60_000, seed=ord(name)), tmp_path / name, 'bpe', 300)
     own = (tmp_path / 'a' / 'tokenizer.json').read_bytes()
     shutil.copy(tmp_path / 'b' / 'tokenizer.json', tmp_path / 'a' / 'tokenizer.json')
-    for use in (lambda: verify(tmp_path / 'a'), lambda: TokenFile(tmp_path / 'a', 'train')):
+    for use in (lambda: verify(tmp_path / 'a'), lambda: TokenDataset(tmp_path / 'a', 'train')):
         with pytest.raises(BadInput, match='is not the one that the tokens were made with'):
             use()
     (tmp_path / 'a' / 'tokenizer.json').write_bytes(own)
     verify(tmp_path / 'a')
-    manifest = read_sealed(tmp_path / 'a' / 'manifest.json')
+    manifest = read_with_checksum(tmp_path / 'a' / 'manifest.json')
     (tmp_path / 'a' / 'manifest.json').write_text(
-        json.dumps(sealed({k: v for k, v in manifest.items() if k not in ('tokenizer', 'sha256', 'seal')}))
+        json.dumps(
+            with_checksum({k: v for k, v in manifest.items() if k not in ('tokenizer', 'sha256', 'seal')})
+        )
     )
-    TokenFile(tmp_path / 'a', 'train')
+    TokenDataset(tmp_path / 'a', 'train')
 
 
 def test_the_best_is_kept_through_another_batch_size(tmp_path):
@@ -518,10 +520,12 @@ def test_data_too_large_to_compare_at_once_is_compared_while_it_trains(tmp_path,
         max_iters=2,
         warmup_iters=1,
     )
-    monkeypatch.setattr('nanomoe.dataset.QUICK', 10)
+    monkeypatch.setattr('nanomoe.dataset.MAX_TOKENS_VERIFIED_AT_START', 10)
     assert list(train.train(model, run))[-1].step == 2
     shard = (
-        tmp_path / 'ds' / TokenFile(tmp_path / 'ds', 'train').manifest['splits']['train']['shards'][0]['file']
+        tmp_path
+        / 'ds'
+        / TokenDataset(tmp_path / 'ds', 'train').manifest['splits']['train']['shards'][0]['file']
     )
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
@@ -559,7 +563,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_anew_or_left_to_its_new_ow
     next(records)
     (tmp_path / 'run').rename(tmp_path / 'other')
     code = (
-        'import time, pathlib; from nanomoe.checkpoint import hold; p = '
+        'import time, pathlib; from nanomoe.checkpoint import lock_run; p = '
         f'pathlib.Path({str(tmp_path / "run")!r}); p.mkdir(exist_ok=True); l = hold(p); print("held", '
         'flush=True); time.sleep(60)'
     )
@@ -595,7 +599,7 @@ def test_checkpoints_sealed_anew_are_refused(dataset, tmp_path, change):
     if isinstance(change.get('config'), dict):
         change = dict(config=flat['config'] | change['config'])
     path.write_text(
-        json.dumps(sealed({key: value for key, value in (flat | change).items() if key != 'seal'}))
+        json.dumps(with_checksum({key: value for key, value in (flat | change).items() if key != 'seal'}))
     )
     with pytest.raises(BadInput):
         list(train.train(model, replace(run, max_iters=2)))
@@ -673,7 +677,7 @@ def test_what_a_machine_refuses_is_one_sentence(error, said, capsys):
 def test_patterns_on_which_the_library_panics(dataset, tmp_path, change, capfd):
     flat = json.loads((dataset / 'tokenizer.json').read_text()) | change
     (tmp_path / 'tokenizer.json').write_text(
-        json.dumps(sealed({key: value for key, value in flat.items() if key != 'seal'}))
+        json.dumps(with_checksum({key: value for key, value in flat.items() if key != 'seal'}))
     )
     with pytest.raises(BadInput, match='holds no tokenizer'):
         load_tokenizer(tmp_path)

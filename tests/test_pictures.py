@@ -19,12 +19,12 @@ from nanomoe import board as boards
 from nanomoe import report as reports
 from nanomoe import viz
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
-from nanomoe.router import choose
+from nanomoe.router import topk_route
 from nanomoe.losses import Losses
 from nanomoe.metrics import health, step_stats
 from nanomoe.board import board_svg, svg_words
 from nanomoe.report import experts_figure, health_figure, read_rows, report, samples_of, server
-from nanomoe.viz import png
+from nanomoe.viz import to_png
 
 
 def row(step: int, **other) -> dict:
@@ -117,7 +117,7 @@ def test_names_and_texts_are_shown_as_they_are(tmp_path):
     )
     page = report(run)
     assert '<script' not in page and '&lt;script&gt;' in page and 'cost$\\foo$ &amp; &lt;b&gt;</h1>' in page
-    assert png(experts_figure(read_rows(run / 'log.jsonl'), run.name))[:4] == b'\x89PNG'
+    assert to_png(experts_figure(read_rows(run / 'log.jsonl'), run.name))[:4] == b'\x89PNG'
 
 
 def test_samples_count_when_their_line_is_logged(tmp_path):
@@ -177,12 +177,12 @@ def test_a_damaged_line_costs_itself(file, tmp_path, capsys):
     "Report, pictures and watcher show what the other lines say, and one word for each that is left out."
     run = run_of(tmp_path / 'run', WHOLE, [text(4), text(5)])
     whole = {
-        kind: reports.drawn(kind, str(run), None).read_bytes() for kind in ('report', 'curve', 'experts')
+        kind: reports.render(kind, str(run), None).read_bytes() for kind in ('report', 'curve', 'experts')
     }
     lines = (run / file).read_text().splitlines(True)
     (run / file).write_text(lines[0] + ''.join(line + '\n' for line in DAMAGE[file]) + ''.join(lines[1:]))
     capsys.readouterr()
-    assert {kind: reports.drawn(kind, str(run), None).read_bytes() for kind in whole} == whole
+    assert {kind: reports.render(kind, str(run), None).read_bytes() for kind in whole} == whole
     said = capsys.readouterr().err.count('cannot be read and is left out')
     # once for each picture that reads the file
     assert said == len(DAMAGE[file]) * (3 if file == 'log.jsonl' else 1)
@@ -271,9 +271,9 @@ def test_what_cannot_be_done_gets_one_sentence(words, sentence, tmp_path, capsys
 
 def test_sureness_is_what_the_log_calls_entropy_and_margin():
     "The picture of a routing and the trainer's log lines measure the same two things, each in its own way."
-    r = choose(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), 2)
+    r = topk_route(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), 2)
     logged = health(step_stats(Losses(*torch.zeros(4)), (r,)), 200)
-    entropy, margin = viz.sureness(r.probs, r.expert_ids)
+    entropy, margin = viz.confidence(r.probs, r.expert_ids)
     assert logged.entropy[0] == pytest.approx(entropy.mean(), rel=1e-5)
     assert logged.margin[0] == pytest.approx(margin.mean(), rel=1e-5)
 
@@ -368,7 +368,7 @@ def test_samples_that_are_none_are_left_out(change, tmp_path, capsys):
         and 'samples.jsonl line 1 cannot be read' in capsys.readouterr().err
     )
     with pytest.raises(TypeError):
-        viz.coloured_text(['a'], [[{'<b>': 0}]])
+        viz.colored_text(['a'], [[{'<b>': 0}]])
 
 
 def test_colours_keep_their_meaning_in_a_palette():
@@ -376,8 +376,8 @@ def test_colours_keep_their_meaning_in_a_palette():
     fig = viz.new_figure(4, 3)
     ax = fig.subplots()
     for e in range(24):
-        ax.scatter([e], [0], s=9, color=viz.expert_colour(e), linewidths=0)
-        ax.plot([0, 24], [e + 1, e + 1], lw=1, color=viz.expert_colour(e), antialiased=False)
+        ax.scatter([e], [0], s=9, color=viz.expert_color(e), linewidths=0)
+        ax.plot([0, 24], [e + 1, e + 1], lw=1, color=viz.expert_color(e), antialiased=False)
     # many more areas
     ax.imshow(
         np.random.default_rng(0).random((40, 24)), cmap='viridis', extent=(0, 24, 30, 60), aspect='auto'
@@ -386,14 +386,15 @@ def test_colours_keep_their_meaning_in_a_palette():
     full = io.BytesIO()
     fig.savefig(full, format='png')
     before, after = (
-        np.asarray(PIL.Image.open(io.BytesIO(b)).convert('RGB')) for b in (full.getvalue(), png(fig))
+        np.asarray(PIL.Image.open(io.BytesIO(b)).convert('RGB')) for b in (full.getvalue(), to_png(fig))
     )
     for e in range(24):
-        rgb = [int(viz.expert_colour(e)[i : i + 2], 16) for i in (1, 3, 5)]
+        rgb = [int(viz.expert_color(e)[i : i + 2], 16) for i in (1, 3, 5)]
         here = (before == rgb).all(-1)
         assert here.any() and (after[here] == rgb).all(), e
     assert (
-        png(viz.new_figure(1, 1)) == png(viz.new_figure(1, 1)) and png(viz.new_figure(1, 1))[:4] == b'\x89PNG'
+        to_png(viz.new_figure(1, 1)) == to_png(viz.new_figure(1, 1))
+        and to_png(viz.new_figure(1, 1))[:4] == b'\x89PNG'
     )
     for picture, most in (
         (np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1), 0),
@@ -514,7 +515,7 @@ def test_many_domains_with_long_names_stay_readable():
         and names[-1] == '50 others'
         and max(map(len, names)) <= 24
     )
-    assert load.sum() == sum(range(1, 61)) + 3 * 60 + 10 and png(experts_figure(rows))
+    assert load.sum() == sum(range(1, 61)) + 3 * 60 + 10 and to_png(experts_figure(rows))
 
 
 @pytest.mark.parametrize(
@@ -646,7 +647,7 @@ def test_nothing_that_a_terminal_or_a_page_obeys_is_shown_as_it_is(tmp_path, cap
     assert (
         '\\x1b[31mred\\x07' in shown[0]
         and '\\x1b' in said.out
-        and 'a\u200d\u00a0é日' == viz.harmless('a\u200d\u00a0é日')
+        and 'a\u200d\u00a0é日' == viz.escape_controls('a\u200d\u00a0é日')
     )
 
 
@@ -659,7 +660,7 @@ def test_domains_whose_short_names_are_alike_stay_apart():
         }
     ]
     names, load = viz.domain_load(rows[0], 0)
-    assert len(names) == 4 and load[1:, 3].tolist() == [0, 1, 2] and png(experts_figure(rows))
+    assert len(names) == 4 and load[1:, 3].tolist() == [0, 1, 2] and to_png(experts_figure(rows))
 
 
 def test_many_domains_are_folded_in_the_figures_of_a_run():

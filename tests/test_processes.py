@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from nanomoe import checkpoint, data
 from nanomoe.corpora import numbers_documents
-from nanomoe.dataset import TokenFile
+from nanomoe.dataset import TokenDataset
 
 TINY = [
     '-m',
@@ -348,7 +348,7 @@ def test_weights_of_a_run_begin_another(alone, tmp_path):
 def test_the_preset_tiny_beats_the_compressors(tmp_path):
     "What README says of it, on the same held-out bytes."
     run([sys.executable, '-m', 'nanomoe.train', 'tiny', '--device=cpu', f'--out_dir={tmp_path}'])
-    entry = TokenFile('numbers', 'val').manifest['splits']['val']
+    entry = TokenDataset('numbers', 'val').manifest['splits']['val']
     assert (
         log(tmp_path)[-1]['val_bpb'] < 0.9 * min(entry['gzip_bytes'], entry['xz_bytes']) * 8 / entry['bytes']
     )

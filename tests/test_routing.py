@@ -13,8 +13,8 @@ from nanomoe import experts as module
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, check
 from nanomoe.experts import MoE, activate
 from nanomoe.losses import Losses, balance_loss, sequence_balance_loss, total_loss, update_bias
-from nanomoe.model import GPT, flops_per_token, initialise
-from nanomoe.router import Routing, choose, even_shares, make_router
+from nanomoe.model import GPT, flops_per_token, initialize
+from nanomoe.router import Routing, topk_route, even_shares, make_router
 from nanomoe.metrics import health, step_stats
 from nanomoe.optim import make_optimizer
 
@@ -79,15 +79,15 @@ def by_checkpointing(layer: MoE, x: torch.Tensor) -> torch.Tensor:
 
 def by_grouped_mm(layer: MoE, x: torch.Tensor) -> torch.Tensor:
     "Dropless with the kernel that CUDA uses, put in place by the fixture below for the backward pass too."
-    assert module.by_slices is module.by_grouped_mm
+    assert module.loop_over_experts is module.by_grouped_mm
     return layer(x)[0]
 
 
 @pytest.fixture(autouse=True)
 def kernel_of_cuda(request, monkeypatch):
     if 'way' in request.fixturenames and request.getfixturevalue('way') is by_grouped_mm:
-        monkeypatch.setattr(module, 'by_slices', module.by_grouped_mm)
-        monkeypatch.setattr(module, 'outer_by_slices', module.outer_by_grouped_mm)
+        monkeypatch.setattr(module, 'loop_over_experts', module.by_grouped_mm)
+        monkeypatch.setattr(module, 'outer_loop_over_experts', module.outer_by_grouped_mm)
 
 
 WAYS = [by_one_hot, by_padding, dropless, by_grouped_mm, by_compiled, by_checkpointing]
@@ -244,7 +244,7 @@ def test_sigmoids_that_underflow_make_no_nan(norm):
         requires_grad=True,
     )
     for bias in (None, torch.tensor([0.0, 0.0, 5.0, 5.0])):
-        r = choose(logits, 2, norm, 'sigmoid', bias)
+        r = topk_route(logits, 2, norm, 'sigmoid', bias)
         assert r.gates.isfinite().all() and r.probs.isfinite().all()
         torch.testing.assert_close(r.probs.sum(-1), torch.ones(4))
         if norm:
@@ -621,7 +621,7 @@ def test_a_layer_on_its_own_is_drawn_as_a_model_is():
     layer = MoE(cfg)
     for p in layer.parameters():
         torch.nn.init.constant_(p, float('nan'))
-    initialise(layer, cfg)
+    initialize(layer, cfg)
     for w in (layer.router.score.weight, layer.experts.c_fc, layer.shared.c_fc.weight):
         assert abs(w.std() / 0.02 - 1) < 0.1
     for w in (layer.experts.c_proj, layer.shared.c_proj.weight):

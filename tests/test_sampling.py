@@ -15,7 +15,16 @@ from nanomoe.config import ModelConfig
 from nanomoe.presets import PRESETS
 from nanomoe.data import prepare
 from nanomoe.model import GPT
-from nanomoe.sample import Sampling, Step, generate, prompt, rows_compete, texts, unescaped, until_stop
+from nanomoe.sample import (
+    Sampling,
+    Step,
+    generate,
+    prompt,
+    batch_dependent,
+    generate_texts,
+    unescaped,
+    until_stop,
+)
 from nanomoe.train import train
 
 T = 16
@@ -53,7 +62,7 @@ def written(monkeypatch, model: GPT, idx: torch.Tensor, n: int, **knobs):
     "The ids (B, n), the logits (n, B, V) that they were drawn from, and how many positions each step read."
     logits, read = [], []
     with monkeypatch.context() as patch:
-        drawn = sample.distribution
+        drawn = sample.next_token_probs
         patch.setattr(
             sample, 'distribution', lambda row, *args: logits.append(row.clone()) or drawn(row, *args)
         )
@@ -85,7 +94,7 @@ def test_the_cache_changes_nothing(monkeypatch, name):
 @pytest.mark.parametrize('name', SHAPES)
 def test_rows_of_a_batch_are_what_they_are_alone(monkeypatch, name):
     model, idx = made(**SHAPES[name]), random_rows(4, 5)
-    assert not rows_compete(model.cfg)
+    assert not batch_dependent(model.cfg)
     ids, logits, _ = written(monkeypatch, model, idx, 20, temperature=0)
     for b in range(4):
         alone, expected, _ = written(monkeypatch, model, idx[b : b + 1], 20, temperature=0)
@@ -109,7 +118,7 @@ def test_rows_that_compete_are_known(knobs, compete):
     x = random_rows(4, T)
     with torch.no_grad():
         moved = (model(x).logits[:1] - model(x[:1]).logits).abs().max()
-    assert rows_compete(model.cfg) == compete == bool(moved > 1e-3)
+    assert batch_dependent(model.cfg) == compete == bool(moved > 1e-3)
 
 
 def test_a_long_prompt_counts_with_its_last_block(monkeypatch):
@@ -280,13 +289,16 @@ def loaded(run):
 
 def all_texts(loaded, **knobs) -> list[str]:
     model, tokenizer = loaded
-    return [''.join(pieces) for pieces in texts(model, tokenizer, prompt(tokenizer, ''), Sampling(**knobs))]
+    return [
+        ''.join(pieces)
+        for pieces in generate_texts(model, tokenizer, prompt(tokenizer, ''), Sampling(**knobs))
+    ]
 
 
 def test_rows_are_read_one_after_the_other_and_no_further_than_needed(monkeypatch, loaded):
     batches, steps = dictated(monkeypatch, [list(b'ab.def.'), list(b'abcd.f.'), list(b'.bcdef.')])
     model, tokenizer = loaded
-    reader = texts(model, tokenizer, prompt(tokenizer, ''), Sampling(num_samples=3, stop=('.',)))
+    reader = generate_texts(model, tokenizer, prompt(tokenizer, ''), Sampling(num_samples=3, stop=('.',)))
     first = next(reader)
     assert next(first) == 'a' and len(steps) == 1  # seen as it is written
     assert ''.join(first) == 'b' and len(steps) == 3
@@ -294,7 +306,7 @@ def test_rows_are_read_one_after_the_other_and_no_further_than_needed(monkeypatc
     assert ''.join(next(reader)) == '' and len(steps) == 5 and next(reader, None) is None
     assert batches == [3]
     dictated(monkeypatch, [list(b'ab'), list(b'cd'), list(b'ef')])
-    reader = texts(model, tokenizer, prompt(tokenizer, ''), Sampling(num_samples=3))
+    reader = generate_texts(model, tokenizer, prompt(tokenizer, ''), Sampling(num_samples=3))
     # whenever they are read
     assert [''.join(pieces) for pieces in reversed(list(reader))] == ['ef', 'cd', 'ab']
 
@@ -331,12 +343,12 @@ def test_the_command_stops(say):
 def test_bytes_of_two_documents_are_never_joined():
     tokenizer = make_tokenizer('bytes', [], 0)
     end = tokenizer.eot_token
-    assert ''.join(sample.stream(tokenizer, [*b'ab\xe2\x82', end, *b'\xacxy'])) == 'ab\ufffd\n\ufffdxy'
+    assert ''.join(sample.decode_stream(tokenizer, [*b'ab\xe2\x82', end, *b'\xacxy'])) == 'ab\ufffd\n\ufffdxy'
 
 
 def test_the_best_token_stays_however_small_top_p_is():
     logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
-    assert sample.distribution(logits, top_p=1e-300).tolist() == [[0, 0, 1, 0]]
+    assert sample.next_token_probs(logits, top_p=1e-300).tolist() == [[0, 0, 1, 0]]
 
 
 def test_a_loss_without_targets_is_zero_on_both_ways_through_the_head():

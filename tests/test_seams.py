@@ -9,7 +9,7 @@ import torch
 from nanomoe import checkpoint
 from nanomoe.config import ModelConfig
 from nanomoe.experts import MoE
-from nanomoe.files import sealed
+from nanomoe.files import with_checksum
 from nanomoe.losses import Losses, balance_loss
 from nanomoe.metrics import health, step_stats
 from nanomoe.presets import PRESETS
@@ -121,7 +121,7 @@ def test_a_run_without_a_field_of_the_log_is_resumed(tiny):
     meta = {key: value for key, value in json.loads(path.read_text()).items() if key != 'seal'}
     del meta['record']['bpb'], meta['record']['health'], meta['level']['spikes']
     meta['record']['of another version'] = 1
-    path.write_text(json.dumps(sealed(meta)))
+    path.write_text(json.dumps(with_checksum(meta)))
     records = list(train(model, replace(run, max_iters=4)))
     assert [r.step for r in records] == [3, 4] and records[-1].bpb and records[-1].health
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_whose_record_has_no_names_is_refused(tiny):
     path = checkpoint.steps(run.out_dir)[-1] / 'meta.json'
     meta = {key: value for key, value in json.loads(path.read_text()).items() if key != 'seal'}
     meta['record'] = [*meta['record'].values()]
-    path.write_text(json.dumps(sealed(meta)))
+    path.write_text(json.dumps(with_checksum(meta)))
     with pytest.raises(ValueError, match='an earlier version wrote it'):
         list(train(model, replace(run, max_iters=4)))
 

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from nanomoe import checkpoint, config, data, train
 from nanomoe.corpora import numbers_documents
-from nanomoe.dataset import TokenFile, n_windows, window_starts
-from nanomoe.files import sealed, sha256
+from nanomoe.dataset import TokenDataset, n_sequences, sequence_starts
+from nanomoe.files import with_checksum, sha256
 from nanomoe.metrics import read_log
 from nanomoe.presets import PRESETS
 
@@ -166,9 +166,9 @@ def test_killed_at_random_moments(words, small, whole, tmp_path, seed, soak):
         assert_equal_runs(folder, whole / 'run')
         samples = samples_of(diary, range(0, 960, 80))
         assert samples == samples_of(whole / 'diary', [])
-        train_split = TokenFile(small, 'train')
-        n = n_windows(train_split, 32)
-        starts = window_starts(np.array(samples), n, 32, 1337)
+        train_split = TokenDataset(small, 'train')
+        n = n_sequences(train_split, 32)
+        starts = sequence_starts(np.array(samples), n, 32, 1337)
         for epoch in range(len(samples) // n):  # each window once per epoch, over kills and the epochs' edges
             assert len(set(starts[epoch * n : (epoch + 1) * n])) == n
         assert len(samples) > 2 * n
@@ -853,7 +853,9 @@ def test_after_a_divergence_the_same_command_goes_on_from_a_sound_checkpoint(wor
     save_file(tensors, newest / 'model.safetensors')
     meta = json.loads((newest / 'meta.json').read_text())
     meta['sha256']['model.safetensors'] = sha256(newest / 'model.safetensors')
-    (newest / 'meta.json').write_text(json.dumps(sealed({k: v for k, v in meta.items() if k != 'seal'})))
+    (newest / 'meta.json').write_text(
+        json.dumps(with_checksum({k: v for k, v in meta.items() if k != 'seal'}))
+    )
     bad = alone(*words, '--max_iters=16', f'--out_dir={folder}')
     assert (
         bad.returncode == 1

@@ -27,7 +27,14 @@ from nanomoe.checkpoint import save
 from nanomoe.command_line import parse
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
 from nanomoe.presets import PRESETS
-from nanomoe.tokenizer import END, WORDS, load_tokenizer, make_tokenizer, save_tokenizer, train_bpe
+from nanomoe.tokenizer import (
+    EOT,
+    PRETOKENIZER_PATTERN,
+    load_tokenizer,
+    make_tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
 from nanomoe.model import GPT, n_params
 from nanomoe.huggingface import (
     GPT2_VOCABULARY,
@@ -297,16 +304,19 @@ PATTERNS = {
     'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     'cl100k': r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| "
     r"?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-    'ours': WORDS,
+    'ours': PRETOKENIZER_PATTERN,
 }
 RANKS = train_bpe(TEXT * 3 + ['1234 5678 12 123 99999', "\n\n\n    \t\t'LL we'll"], 400)
 ENCODINGS = {
-    name: tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=RANKS, special_tokens={END: len(RANKS)})
+    name: tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=RANKS, special_tokens={EOT: len(RANKS)})
     for name, pattern in PATTERNS.items()
 }
 ENCODINGS |= {'bytes': make_tokenizer('bytes', [], 0), 'chars': make_tokenizer('chars', TEXT, 0)}
 ENCODINGS['with a gap'] = tiktoken.Encoding(
-    'gap', pat_str=WORDS, mergeable_ranks=RANKS, special_tokens={END: len(RANKS), '<|fim|>': len(RANKS) + 5}
+    'gap',
+    pat_str=PRETOKENIZER_PATTERN,
+    mergeable_ranks=RANKS,
+    special_tokens={EOT: len(RANKS), '<|fim|>': len(RANKS) + 5},
 )
 
 
@@ -343,7 +353,7 @@ WORDS_AND_ALL = st.one_of(
                 '👨‍👩‍👧',
                 '<',
                 '|',
-                END,
+                EOT,
                 '\u2028',
                 '\x85',
                 '\xa0',
@@ -371,7 +381,7 @@ def test_every_text_has_the_same_tokens(name, theirs):
         assert ids == encoding.encode(text, allowed_special='all') and theirs[name].decode(ids) == text
 
     same()
-    assert theirs[name].eos_token_id == encoding.eot_token and theirs[name].eos_token == END
+    assert theirs[name].eos_token_id == encoding.eot_token and theirs[name].eos_token == EOT
 
 
 # ---- in: checkpoints of nanoMoE and of nanoGPT

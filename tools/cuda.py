@@ -364,7 +364,7 @@ def text_of(kind: str, endings: tuple[str, ...], roots: list[Path], limit: int) 
     their names.
     """
     from nanomoe.corpora import in_fixed_order
-    from nanomoe.tokenizer import END
+    from nanomoe.tokenizer import EOT
 
     files = [
         (str(path.relative_to(root)), path)
@@ -380,8 +380,8 @@ def text_of(kind: str, endings: tuple[str, ...], roots: list[Path], limit: int) 
             text = path.read_text(errors='replace')
             if size >= limit:
                 break
-            if 200 < len(text) < 500_000 and END not in text:
-                size += f.write(text + END)
+            if 200 < len(text) < 500_000 and EOT not in text:
+                size += f.write(text + EOT)
     return made
 
 
@@ -478,7 +478,7 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
     "Per layer type: a forward-backward function and the layer count."
     import torch
     from nanomoe.experts import MoE
-    from nanomoe.model import head_loss
+    from nanomoe.model import chunked_cross_entropy
     from nanomoe.losses import Losses
     from nanomoe.metrics import step_stats
 
@@ -514,7 +514,7 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
         'attention': (both(model.h[0].attn), len(model.h)),
         'experts and routing': (both(lambda x: sparse[0](x, ids)[0]), len(sparse)),
         'routing': (both(routed), len(sparse)),
-        'head': (both(lambda x: head_loss(x.flatten(0, 1), model.wte.weight, ids.flatten())), 1),
+        'head': (both(lambda x: chunked_cross_entropy(x.flatten(0, 1), model.wte.weight, ids.flatten())), 1),
         'statistics': (statistics_of, 1),
     }
     return cases | ({'dense MLPs': (both(dense[0]), len(dense))} if dense else {})
@@ -524,7 +524,7 @@ def step(given) -> dict:
     "Training throughput by micro-batch size, cost per layer type, cost of data loading."
     import torch
     from nanomoe.presets import PRESETS
-    from nanomoe.parallel import World
+    from nanomoe.parallel import DistContext
     from nanomoe.train import Trainer, peak_flops, update
 
     dry, where, rows, parts = given.dry, device(given.dry), [], {}
@@ -532,7 +532,7 @@ def step(given) -> dict:
     run = Trainer(
         shrunk(PRESETS['nano_moe'][0], dry),
         training(dry, 'waiting', compile=not dry, batch_size=2 if dry else 12, gradient_accumulation_steps=8),
-        World(device=where),
+        DistContext(device=where),
     )
     real, fixed = run.feed, run.feed[0]
 
@@ -625,7 +625,7 @@ def throughput(cfg, B: int, compiled: bool, dry: bool, peak: float) -> tuple[dic
 
 def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
     "Train for about `seconds`, schedule fitted to that; return final metrics and the validation curve."
-    from nanomoe.parallel import World
+    from nanomoe.parallel import DistContext
     from nanomoe.train import Trainer, train, update
 
     settings = training(
@@ -636,7 +636,7 @@ def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
         compile=not given.dry,
         **changes,
     )
-    trial = Trainer(cfg, settings, World(device=device(given.dry)))
+    trial = Trainer(cfg, settings, DistContext(device=device(given.dry)))
     for _ in range(1 if given.dry else 5):
         update(trial)
     start = time.perf_counter()
