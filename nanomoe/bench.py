@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Bench', 'make_layer', 'has_transformers', 'mixtral_block', 'original', 'original_layer', 'make_pass', 'make_model',
-           'mixtral_model', 'original_model', 'make_step', 'interleaved', 'neighbour_ratio', 'prepare_process',
+           'mixtral_model', 'original_model', 'make_step', 'interleaved', 'neighbor_ratio', 'prepare_process',
            'machine', 'resident', 'measure_peak', 'peak_memory', 'report', 'layer', 'step', 'scale', 'make_writer',
            'write', 'RandomShards', 'as_nanogpt', 'data', 'table', 'check_bench', 'heading', 'main']
 
@@ -77,7 +77,7 @@ def make_layer(name: str, b: Bench) -> torch.nn.Module:
     else:
         layer = MLP(cfg, b.top_k * b.expert_width) if kind == 'twin' else MoE(cfg)
     if kind == 'routing':
-        layer.experts.forward = lambda x, ends: x
+        layer.experts.forward = lambda x, offsets: x
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.02)
     layer.to(find_device(b.device))
@@ -273,7 +273,7 @@ def interleaved(passes: dict[str, Callable[[], None]], repeats: int) -> dict[str
     return times
 
 
-def neighbour_ratio(times: list[float], base: list[float]) -> float:
+def neighbor_ratio(times: list[float], base: list[float]) -> float:
     "Median over the rounds of time / base: the two passes of one round met the same machine."
     return statistics.median(t / b for t, b in zip(times, base))
 
@@ -348,8 +348,8 @@ def report(cases: dict[str, tuple[str, str]], make: Callable, b: Bench) -> list[
         dict(
             case=name,
             ms=1e3 * statistics.median(times[name]),
-            times_twin=neighbour_ratio(times[name], times[twin]),
-            times_moe=neighbour_ratio(times[name], times[moe]),
+            times_twin=neighbor_ratio(times[name], times[twin]),
+            times_moe=neighbor_ratio(times[name], times[moe]),
             peak_gib=peaks[name],
         )
         for name, (twin, moe) in cases.items()

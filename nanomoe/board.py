@@ -57,9 +57,9 @@ class Panel(NamedTuple):
         return svg_words(self.left, 16, title, 'start') + lines + ''.join(xs + ys)
 
 # %% ../nbs/44_board.ipynb #svg-words
-def svg_words(x: float, y: float, text: str, anchor: str = 'middle', colour: str = '') -> str:
+def svg_words(x: float, y: float, text: str, anchor: str = 'middle', color: str = '') -> str:
     "A line of text; `anchor` says which part of it stands at x: start, middle or end."
-    fill = f' fill="{colour}"' if colour else ''  # else the picture's own
+    fill = f' fill="{color}"' if color else ''  # else the picture's own
     return (
         f'<text x="{x:.0f}" y="{y:.0f}" '
         f'text-anchor="{anchor}"{fill}>{html.escape(escape_controls(text))}</text>'
@@ -111,18 +111,18 @@ _red_blue = [matplotlib.colors.to_hex(c) for c in matplotlib.colormaps['RdBu_r']
 
 
 def svg_load(load) -> str:
-    "Load by layer and expert, in the colours of `ratio_map`."
+    "Load by layer and expert, in the colors of `ratio_map`."
     ratio = load_ratio(load)
     (L, E), left, top = ratio.shape, 680, 28
     width, height = 220 / E, min(24, 150 / L)
     parts = [svg_words(left, 16, 'load now: row = layer, 1 = fair', 'start')]
     for (i, e), r in np.ndenumerate(ratio):
-        x, y, colour = left + e * width, top + i * height, _red_blue[round(32 * min(r, 2))]
+        x, y, color = left + e * width, top + i * height, _red_blue[round(32 * min(r, 2))]
         parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>'
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}"/>'
         )
         if width > 20 and height > 12:
-            parts.append(svg_words(x + width / 2, y + height / 2 + 4, f'{r:.1f}', colour=text_color(colour)))
+            parts.append(svg_words(x + width / 2, y + height / 2 + 4, f'{r:.1f}', color=text_color(color)))
     return ''.join(parts)
 
 
@@ -152,7 +152,7 @@ def board_parts(rows: Sequence[dict], layer: int) -> list[tuple[int, int, str]]:
 
 
 def board_html(rows: Sequence[dict], layer: int = 0) -> str:
-    "The board for a page: charts that fit a narrow window and take the colour of its text."
+    "The board for a page: charts that fit a narrow window and take the color of its text."
     return (
         '<div class="board">'
         + ''.join(

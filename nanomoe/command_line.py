@@ -231,7 +231,7 @@ def from_command_line(cls, default, argv: list[str], program: str):
     for word in argv:
         check_word(word, option_names(cls))
     flags = tyro.conf.FlagConversionOff[tyro.conf.OmitArgPrefixes[cls]]
-    said, plain = io.StringIO(), io.StringIO()  # no terminal, so no colours and no boxes
+    said, plain = io.StringIO(), io.StringIO()  # no terminal, so no colors and no boxes
     try:
         with redirect_stdout(plain), redirect_stderr(said):
             return tyro.cli(flags, default=default, args=argv, use_underscores=True)

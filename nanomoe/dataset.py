@@ -325,7 +325,7 @@ def feistel_permutation(i: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def splitmix64(x: np.ndarray, key: int) -> np.ndarray:
-    "64 well-stirred bits of each x (the finaliser of splitmix64)."
+    "64 well-stirred bits of each x (the finalizer of splitmix64)."
     with np.errstate(over='ignore'):
         z = x + np.uint64((key * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

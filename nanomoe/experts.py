@@ -53,46 +53,48 @@ class MLP(nn.Module):
         return F.dropout(self.c_proj(activate(self.c_fc(x), self.activation)), self.dropout, self.training)
 
 # %% ../nbs/03_experts.ipynb #grouped-product
-def rows_per_expert(x: Tensor, ends: Tensor) -> list[int]:
+def rows_per_expert(x: Tensor, offsets: Tensor) -> list[int]:
     "Rows of x for each expert, and at the end those for none."
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     return [*sizes, len(x) - sum(sizes)]
 
 
-def loop_over_experts(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+def loop_over_experts(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """Rows x (M, in) times each one's matrix of w (E, in, out), expert by expert: (M, out).
 
-    Expert e's rows end at ends[e]; rows behind the last expert's are not computed.
+    Expert e's rows end at offsets[e]; rows behind the last expert's are not computed.
     """
-    out, sizes = x.new_empty(len(x), w.size(2)), rows_per_expert(x, ends)
+    out, sizes = x.new_empty(len(x), w.size(2)), rows_per_expert(x, offsets)
     for rows, matrix, result in zip(x.split(sizes), w, out.split(sizes)):
         torch.mm(rows, matrix, out=result)
     return out
 
 
-def outer_loop_over_experts(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+def outer_loop_over_experts(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     "The sum over each expert's rows of x (M, in) times y (M, out): (E, in, out)."
-    out, sizes = x.new_empty(len(ends), x.size(1), y.size(1)), rows_per_expert(x, ends)
+    out, sizes = x.new_empty(len(offsets), x.size(1), y.size(1)), rows_per_expert(x, offsets)
     for rows, others, result in zip(x.split(sizes), y.split(sizes), out):
         torch.mm(rows.T, others, out=result)
     return out
 
 
-def by_grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+def by_grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     "`loop_over_experts` in one kernel, any width; `bmm` with gathered weights if M ≤ E, as in decoding."
     if len(x) <= len(w):
         expert = torch.searchsorted(
-            ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True
+            offsets, torch.arange(len(x), device=x.device, dtype=offsets.dtype), right=True
         ).clamp(max=len(w) - 1)
         return torch.bmm(x.unsqueeze(1), w.index_select(0, expert)).squeeze(1)
     inner, outer = padding_needed(x, w.size(1)), padding_needed(x, w.size(2))
-    return F.grouped_mm(pad_to(x, 0, inner), pad_to(w, inner, outer), offs=ends)[:, : w.size(2)].contiguous()
+    return F.grouped_mm(pad_to(x, 0, inner), pad_to(w, inner, outer), offs=offsets)[
+        :, : w.size(2)
+    ].contiguous()
 
 
-def outer_by_grouped_mm(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+def outer_by_grouped_mm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     "The same as `outer_loop_over_experts` in one kernel, of any width."
     inner, outer = padding_needed(x, x.size(1)), padding_needed(x, y.size(1))
-    out = F.grouped_mm(pad_to(x, 0, inner).mT, pad_to(y, 0, outer), offs=ends)
+    out = F.grouped_mm(pad_to(x, 0, inner).mT, pad_to(y, 0, outer), offs=offsets)
     return out[:, : x.size(1), : y.size(1)].contiguous()
 
 
@@ -105,37 +107,37 @@ def pad_to(x: Tensor, rows: int, columns: int) -> Tensor:
 
 # %% ../nbs/03_experts.ipynb #grouped-operator
 @torch.library.custom_op('nanomoe::grouped_product', mutates_args=())
-def grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """Rows x (M, in) times each one's matrix of w (E, in, out): (M, out); expert e's rows end at ends[e]
+def grouped_product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """Rows x (M, in) times each one's matrix of w (E, in, out): (M, out); expert e's rows end at offsets[e]
     (int32).
 
     An operator of its own, so that `torch.compile` takes it whole.
     """
-    return (by_grouped_mm if x.is_cuda else loop_over_experts)(x, w, ends)
+    return (by_grouped_mm if x.is_cuda else loop_over_experts)(x, w, offsets)
 
 
 @torch.library.custom_op('nanomoe::grouped_outer', mutates_args=())
-def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """The gradient of the experts' matrices: the sum over each one's rows of x (M, in) times y (M, out), (E,
     in, out).
     """
-    return (outer_by_grouped_mm if x.is_cuda else outer_loop_over_experts)(x, y, ends)
+    return (outer_by_grouped_mm if x.is_cuda else outer_loop_over_experts)(x, y, offsets)
 
 
 @grouped_product.register_fake
-def _(x, w, ends):
+def _(x, w, offsets):
     return x.new_empty(x.size(0), w.size(2))
 
 
 @grouped_outer.register_fake
-def _(x, y, ends):
-    return x.new_empty(ends.size(0), x.size(1), y.size(1))
+def _(x, y, offsets):
+    return x.new_empty(offsets.size(0), x.size(1), y.size(1))
 
 
 def _gradients(ctx, grad):
-    x, w, ends = ctx.saved_tensors
+    x, w, offsets = ctx.saved_tensors
     grad = grad.contiguous()
-    return grouped_product(grad, w.mT, ends), grouped_outer(x, grad, ends), None
+    return grouped_product(grad, w.mT, offsets), grouped_outer(x, grad, offsets), None
 
 
 grouped_product.register_autograd(
@@ -155,16 +157,16 @@ class AddBias(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, b: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(ends)
+    def forward(ctx, y: Tensor, b: Tensor, expert: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
         return y + b.index_select(0, expert)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (ends,) = ctx.saved_tensors
+        (offsets,) = ctx.saved_tensors
         return (
             grad,
-            grouped_outer(grad.new_ones(len(grad), 1), grad.contiguous(), ends).squeeze(1),
+            grouped_outer(grad.new_ones(len(grad), 1), grad.contiguous(), offsets).squeeze(1),
             None,
             None,
         )
@@ -177,22 +179,22 @@ def expert_mlp(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: str,
-    ends: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """All experts at once on x (E, S, C), S rows each.
 
-    With `ends` (E,), each on its rows of x (M, C), which are sorted by expert and end there.
+    With `offsets` (E,), each on its rows of x (M, C), which are sorted by expert and end there.
     """
     expert = None
-    if ends is not None and b_in is not None:  # (M,) whose bias each row gets
-        rows = torch.arange(len(x), device=x.device, dtype=ends.dtype)
-        expert = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
+    if offsets is not None and b_in is not None:  # (M,) whose bias each row gets
+        rows = torch.arange(len(x), device=x.device, dtype=offsets.dtype)
+        expert = torch.searchsorted(offsets, rows, right=True).clamp(max=len(offsets) - 1)
 
     def layer(x, w, b):
-        if ends is None:
+        if offsets is None:
             return x @ w if b is None else x @ w + b
-        y = grouped_product(x, w, ends)
-        return y if b is None else AddBias.apply(y, b.squeeze(1), expert, ends)
+        y = grouped_product(x, w, offsets)
+        return y if b is None else AddBias.apply(y, b.squeeze(1), expert, offsets)
 
     return layer(activate(layer(x, w_in, b_in), activation), w_out, b_out)
 
@@ -201,7 +203,7 @@ class Experts(nn.Module):
     """E MLPs as stacked weights, so that an expert without tokens still has a (zero) gradient on every
     process.
 
-    They hold no numbers yet: `model.initialise` draws them, those of a layer on its own too.
+    They hold no numbers yet: `model.initialize` draws them, those of a layer on its own too.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -214,15 +216,15 @@ class Experts(nn.Module):
         self.fc_bias = nn.Parameter(torch.zeros(E, 1, inputs)) if cfg.bias else None
         self.proj_bias = nn.Parameter(torch.zeros(E, 1, C)) if cfg.bias else None
 
-    def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """(E, S, C) -> (E, S, C), S rows for each expert.
 
-        With `ends` (E,) int32, rows (M, C) sorted by expert, of which expert e's end at ends[e].
+        With `offsets` (E,) int32, rows (M, C) sorted by expert, of which expert e's end at offsets[e].
         """
         weights = [
             w if w is None else w.to(x.dtype) for w in (self.c_fc, self.fc_bias, self.c_proj, self.proj_bias)
         ]
-        return F.dropout(expert_mlp(x, *weights, self.activation, ends), self.dropout, self.training)
+        return F.dropout(expert_mlp(x, *weights, self.activation, offsets), self.dropout, self.training)
 
 # %% ../nbs/03_experts.ipynb #take-rows
 class Permute(torch.autograd.Function):

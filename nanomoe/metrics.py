@@ -153,7 +153,7 @@ class SpikeDetector(NamedTuple):
     steps: int = 0
     spikes: int = 0  # steps so far whose loss was six spreads or more above the mean
 
-    def after(self, ce: float) -> 'Level':
+    def after(self, ce: float) -> 'SpikeDetector':
         "The level once a step's loss is known; a spike moves it only as far as the largest usual loss would."
         spike = self.steps >= 20 and ce > self.mean + 6 * self.spread
         ce = min(ce, self.mean + 6 * self.spread) if spike else ce

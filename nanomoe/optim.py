@@ -50,12 +50,12 @@ def newton_schulz(m: Tensor, steps: int = 5) -> Tensor:
 
 # %% ../nbs/08_optim.ipynb #muon
 class Muon(torch.optim.AdamW):
-    """AdamW, but in groups marked `matrix` each matrix, one per expert, moves along its orthogonalised
+    """AdamW, but in groups marked `matrix` each matrix, one per expert, moves along its orthogonalized
     momentum.
 
     Scaled to the usual size of AdamW's step, so that one learning rate serves both (2502.16982 eq. 4).
-    Matrices of equal shape are batched; each process orthogonalises its share, and an all-reduce combines
-    them. A matrix without a gradient, such as an expert without tokens, stays where it is: orthogonalised,
+    Matrices of equal shape are batched; each process orthogonalizes its share, and an all-reduce combines
+    them. A matrix without a gradient, such as an expert without tokens, stays where it is: orthogonalized,
     old momentum never fades.
     """
 

@@ -136,7 +136,7 @@ def deterministic(on: bool):
     )
     filled, chosen = torch.utils.deterministic.fill_uninitialized_memory, inductor.deterministic
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no code here reads uninitialised memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no code here reads uninitialized memory
     inductor.deterministic = True  # no timing-based autotuning
     try:
         yield
@@ -184,7 +184,7 @@ class DistContext(NamedTuple):
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device('cpu')
-    beat: Callable[[], None] = lambda: None  # to be called whenever a stretch of work is done
+    tick: Callable[[], None] = lambda: None  # to be called whenever a stretch of work is done
 
     @property
     def first(self) -> bool:
@@ -195,17 +195,17 @@ class Watchdog:
     """Ends this process when there was no progress for `timeout` seconds, and says which process the others
     wait for.
 
-    `store` holds everyone's count of beats: torch.distributed's, where the processes have met.
+    `store` holds everyone's count of ticks: torch.distributed's, where the processes have met.
     """
 
     def __init__(self, store, rank: int, size: int, timeout: float):
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        # no clock before the first beat
+        # no clock before the first tick
         self.count, self.since, self.stopped = (0, math.inf, threading.Event())
         self.tell()
         threading.Thread(target=self.watch, daemon=True).start()
 
-    def beat(self):
+    def tick(self):
         self.count, self.since = self.count + 1, time.monotonic()
 
     def tell(self):
@@ -289,7 +289,7 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
     """
     if backend != 'auto' and not dist.is_backend_available(backend):
         raise BadInput(f'backend must be auto, or one that this torch has, such as gloo, got {backend}')
-    world, heart = dist_context(device), None
+    world, watchdog = dist_context(device), None
     if launched_rank() is None:
         yield world
         return
@@ -305,7 +305,7 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
             'torchrun --standalone finds a free port'
         ) from None
     name = usual if backend == 'auto' else backend
-    # NCCL initialises, and fails, here
+    # NCCL initializes, and fails, here
     dist.init_process_group(
         name,
         store=store,
@@ -315,10 +315,10 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
         device_id=world.device if name == 'nccl' else None,
     )
     if hang_timeout and world.size > 1:
-        heart = Watchdog(dist.PrefixStore('heartbeat', store), world.rank, world.size, hang_timeout)
+        watchdog = Watchdog(dist.PrefixStore('watchdog', store), world.rank, world.size, hang_timeout)
     failed = True
     try:
-        yield world._replace(beat=heart.beat) if heart else world
+        yield world._replace(tick=watchdog.tick) if watchdog else world
         failed = False
     except GeneratorExit:  # the caller stopped early, which is no error
         failed = False
@@ -326,8 +326,8 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
     finally:  # after an error keep the group: destroying it blocks, or fails other
         if not failed or world.size == 1:
             dist.destroy_process_group()  # ranks before this error is printed
-        if heart:
-            heart.stopped.set()
+        if watchdog:
+            watchdog.stopped.set()
 
 # %% ../nbs/11_parallel.ipynb #reduce
 def all_reduce(t: Tensor, op: str = 'sum') -> Tensor:

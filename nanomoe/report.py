@@ -50,7 +50,7 @@ from nanomoe.viz import (
     to_png,
     routed_rows,
     saturation,
-    specialisation,
+    specialization,
     downsample,
     token_class,
     top_tokens,
@@ -249,7 +249,7 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
     mean = np.mean([row['load'] for row in rows[-max(len(rows) // 10, 1) :]], 0)
     load_heatmap(mean, title='load at the end, fair share = 1', ax=fig.add_subplot(grid[1, :]))
     for i, layer in enumerate(layers if last else []):
-        specialisation(last, layer, fig.add_subplot(grid[2, i]))
+        specialization(last, layer, fig.add_subplot(grid[2, i]))
     fig.suptitle(
         escape_mathtext(f'{name}: experts over {rows[-1]["step"]:,} steps') if name else '', fontsize=11
     )
@@ -268,7 +268,7 @@ def health_rows(rows: Sequence[dict]) -> list[dict]:
 
 
 def health_figure(rows: Sequence[dict]) -> Figure:
-    "Each layer's health over a run's log lines, and the optimiser's: two rows of charts."
+    "Each layer's health over a run's log lines, and the optimizer's: two rows of charts."
     rows = downsample(health_rows(rows), 400)
     dots = '.-' if len(rows) < 3 else '-'
     steps, fig = [row['step'] for row in rows], new_figure(7.2, 3)
@@ -281,8 +281,8 @@ def health_figure(rows: Sequence[dict]) -> Figure:
     routed = bool(rows[-1].get('load'))
     for ax, (key, title) in zip(axes[0], charts.items() if routed else ()):
         curves = np.array([row['health'][key] for row in rows])  # (rows, L)
-        for layer, colour in enumerate(layer_colors(curves.shape[1])):
-            ax.plot(steps, curves[:, layer], dots, color=colour, lw=1, label=f'layer {layer}')
+        for layer, color in enumerate(layer_colors(curves.shape[1])):
+            ax.plot(steps, curves[:, layer], dots, color=color, lw=1, label=f'layer {layer}')
         frame(ax, title)
     for ax in () if routed else axes[0]:
         ax.remove()
@@ -331,7 +331,7 @@ def tabs(name: str, panes: dict[str, str]) -> str:
 
 
 def routed_text(lines: Sequence[dict], n_experts: int) -> str:
-    "HTML of an evaluation's texts, coloured by expert, a tab per layer."
+    "HTML of an evaluation's texts, colored by expert, a tab per layer."
 
     def text(line, layer):
         return f'<p>{html.escape(escape_controls(line["domain"]))}</p>' + colored_text(
@@ -428,14 +428,14 @@ _captions = {
     'over the last tenth of the log, and by kind of held-out text.',
     'Health': 'Entropy at ln E means a router without opinion; at margin 0 a rounding error changes the '
     'choice.',
-    'Text by expert': 'A token has the colour of its first choice, paler for a smaller gate, struck '
+    'Text by expert': 'A token has the color of its first choice, paler for a smaller gate, struck '
     'through if dropped. Point at it to see all choices.',
     'Kinds of tokens': 'Tokens of the text above by their look; 1 where a kind uses an expert as often as '
     'any other.',
     'Favourite tokens': 'Of each piece that came three times or more, the share that this expert read.',
     'Chosen together': 'Of the tokens that chose the row, how many chose the column too, in multiples of '
     'blind choice.',
-    'From layer to layer': 'First choices; a band has the colour of the expert it comes from.',
+    'From layer to layer': 'First choices; a band has the color of the expert it comes from.',
     'When routing settled': 'Of the choices at the end, how many an earlier evaluation had made already.',
 }
 
@@ -463,7 +463,7 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
             load_heatmap(load, labels, 'tokens in brackets, fair share = 1'), 'expert by kind of token'
         )
 
-    def favourites(ids):
+    def favorites(ids):
         return top_tokens_table(top_tokens(s.pieces, ids, n_experts))
 
     def pairs(ids):
@@ -472,7 +472,7 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
     out = {
         'Text by expert': routed_text(s.lines, n_experts),
         'Kinds of tokens': tabs('kinds', layers(kinds)),
-        'Favourite tokens': tabs('favourites', layers(favourites)),
+        'Favourite tokens': tabs('favorites', layers(favorites)),
     }
     if last.shape[2] > 1:
         out['Chosen together'] = tabs('together', layers(pairs))

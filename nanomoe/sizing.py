@@ -24,7 +24,7 @@ from .presets import VOCABULARIES, short, total_active, weights_by_part
 
 # %% ../nbs/23_sizing.ipynb #states
 def muon_weights(cfg: ModelConfig) -> int:
-    """Weights in the matrices whose updates Muon orthogonalises: neither biases nor norms, embeddings and
+    """Weights in the matrices whose updates Muon orthogonalizes: neither biases nor norms, embeddings and
     routers.
     """
     parts = weights_by_part(replace(cfg, bias=False, qk_norm=False))

@@ -102,7 +102,7 @@ def evaluate(
 
     feed = Feed(read, world.device, world.size, len(batches))
     for number in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
-        world.beat()  # as often on every process
+        world.tick()  # as often on every process
         if number >= len(batches):
             break
         x, y, domain = feed[number]  # (B, T) each
@@ -230,10 +230,10 @@ def micro_batch(run: Trainer, number: int, last: bool) -> Tensor:
 
 def begin_batch(run: Trainer, number: int) -> tuple[Tensor, Tensor]:
     "The inputs and targets of micro-batch `number`, (B, T) each, with the seed of its dropout and noise."
-    run.world.beat()
+    run.world.tick()
     torch.manual_seed(int(splitmix64(np.array([number], np.uint64), run.cfg.seed)[0] >> np.uint64(1)))
     batch = run.feed[number]
-    run.world.beat()
+    run.world.tick()
     return batch
 
 
@@ -255,10 +255,10 @@ def count_ahead(run: Trainer, first: int) -> Tensor | None:
 
 # %% ../nbs/09_train.ipynb #update
 def update(run: Trainer) -> tuple[StepStats, float]:
-    """One optimiser step over all processes, skipped by all if anything is not finite.
+    """One optimizer step over all processes, skipped by all if anything is not finite.
 
     Returns the step's statistics, summed over micro-batches, and the gradient norm before clipping. Sets
-    `run.halt` if any process received a stop signal. One host synchronisation.
+    `run.halt` if any process received a stop signal. One host synchronization.
     """
     cfg, first = run.cfg, run.step * run.cfg.gradient_accumulation_steps
     set_learning_rate(run.optimizer, lr_at(run.step, cfg))
@@ -357,7 +357,7 @@ def open_data(dataset: str, block_size: int) -> tuple[TokenDataset, TokenDataset
 def finish_comparison(run: Trainer):
     "Wait until all data is compared; raises `BadInput` where it is damaged."
     while not run.comparing.done():
-        run.world.beat()
+        run.world.tick()
         time.sleep(0.01)
     run.comparing.result()
 
@@ -430,7 +430,7 @@ def save_before(run: Trainer):
 def saved(run: Trainer) -> bool:
     "Wait until the newest checkpoint is on disk; says so where it could not be written, and the run goes on."
     while not run.saver.writing.done():
-        run.world.beat()
+        run.world.tick()
         time.sleep(0.01)
     try:
         run.saver.wait()
@@ -503,7 +503,7 @@ def check_resume(found: checkpoint.Checkpoint, run: Trainer):
 
 # %% ../nbs/09_train.ipynb #restore
 def restore(run: Trainer, found: checkpoint.Checkpoint):
-    "Weights, optimiser and counters of a checkpoint; raises `BadInput` where they are not those of this run."
+    "Weights, optimizer and counters of a checkpoint; raises `BadInput` where they are not those of this run."
     try:
         fill(run.model, found.tensors['model'])
         names = parameter_names(run.model, run.optimizer)

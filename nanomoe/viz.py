@@ -6,7 +6,7 @@
 __all__ = ['paper', 'load_ratio', 'expert_color', 'luminance', 'text_color', 'tint', 'to_png', 'in_palette', 'Still',
            'new_figure', 'axes_in', 'frame', 'escape_mathtext', 'escape_controls', 'tick_step', 'choice_counts',
            'load_bars', 'ratio_map', 'load_heatmap', 'finite', 'routed_rows', 'load_history', 'history_rows',
-           'downsample', 'curve_points', 'loss_curve', 'domain_load', 'specialisation', 'token_class', 'class_load',
+           'downsample', 'curve_points', 'loss_curve', 'domain_load', 'specialization', 'token_class', 'class_load',
            'top_tokens', 'top_tokens_table', 'visible', 'colored_text', 'legend', 'decisions', 'confidence',
            'layer_colors', 'explore', 'draw_model', 'draw_stack', 'draw_experts', 'settled_share', 'saturation',
            'coactivation_rate', 'coactivation', 'flow']
@@ -40,28 +40,28 @@ paper = 'background:#fff;color:#000;padding:6px;line-height:1.5'  # HTML black o
 
 
 def expert_color(e: int) -> str:
-    "The colour of expert e in every picture: Okabe and Ito's, safe for the colour-blind, then a wheel."
+    "The color of expert e in every picture: Okabe and Ito's, safe for the color-blind, then a wheel."
     if e < len(_okabe_ito):
         return _okabe_ito[e]
     return matplotlib.colors.to_hex(matplotlib.colormaps['hsv']((e * 0.618034) % 1.0))
 
 
-def luminance(colour: str) -> float:
-    "How bright a colour looks, 0 (black) to 1 (white), as the web's contrast rule (WCAG 2) defines it."
-    rgb = np.array(matplotlib.colors.to_rgb(colour))
+def luminance(color: str) -> float:
+    "How bright a color looks, 0 (black) to 1 (white), as the web's contrast rule (WCAG 2) defines it."
+    rgb = np.array(matplotlib.colors.to_rgb(color))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
-def text_color(colour: str) -> str:
-    "Black or white, whichever reads better on this colour."
-    return 'black' if (luminance(colour) + 0.05) ** 2 > 0.05 * 1.05 else 'white'
+def text_color(color: str) -> str:
+    "Black or white, whichever reads better on this color."
+    return 'black' if (luminance(color) + 0.05) ** 2 > 0.05 * 1.05 else 'white'
 
 
-def tint(colour: str, strength: float) -> str:
-    "The colour laid on white, at full strength 1 and hardly there at 0."
+def tint(color: str, strength: float) -> str:
+    "The color laid on white, at full strength 1 and hardly there at 0."
     share = 0.15 + 0.85 * min(max(strength, 0), 1)
-    return matplotlib.colors.to_hex(1 - share * (1 - np.array(matplotlib.colors.to_rgb(colour))))
+    return matplotlib.colors.to_hex(1 - share * (1 - np.array(matplotlib.colors.to_rgb(color))))
 
 # %% ../nbs/05_viz.ipynb #png
 def to_png(fig: Figure, dpi: int = 100) -> bytes:
@@ -73,22 +73,22 @@ def to_png(fig: Figure, dpi: int = 100) -> bytes:
 
 
 def in_palette(image: PIL.Image.Image) -> PIL.Image.Image:
-    "The image in at most 256 colours, those of areas exact and those of edges near: a quarter of the bytes."
+    "The image in at most 256 colors, those of areas exact and those of edges near: a quarter of the bytes."
     pixels = np.asarray(image).astype(int)  # (height, width, 3)
     codes = pixels @ [65536, 256, 1]
-    colours, where, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    colors, where, counts = np.unique(codes, return_inverse=True, return_counts=True)
     inner, across, down = codes[1:-1, 1:-1], codes[1:-1], codes[:, 1:-1]
     alike = [inner == beside for beside in (across[:, :-2], across[:, 2:], down[:-2], down[2:])]
-    fills = np.isin(colours, inner[np.all(alike, 0)])  # four neighbours share them
+    fills = np.isin(colors, inner[np.all(alike, 0)])  # four neighbors share them
     # dots and thin lines have a meaning too
-    fills |= np.isin(colours, [int(expert_color(e)[1:], 16) for e in range(64)])
+    fills |= np.isin(colors, [int(expert_color(e)[1:], 16) for e in range(64)])
     order = np.lexsort((-counts, ~fills))
     n = min(fills.sum() + 8, 240)
     if counts[order[:n]].sum() < 0.75 * codes.size:
         n = 240  # a photograph rather than a chart
-    rgb = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1)
-    greys = np.arange(0, 256, 17)[:, None].repeat(3, 1)  # 16 of them: the edges of letters
-    palette = np.concatenate([rgb[order[:n]], greys])
+    rgb = np.stack([colors >> 16, colors >> 8 & 255, colors & 255], 1)
+    grays = np.arange(0, 256, 17)[:, None].repeat(3, 1)  # 16 of them: the edges of letters
+    palette = np.concatenate([rgb[order[:n]], grays])
     nearest = ((palette**2).sum(1) - 2 * rgb @ palette.T).argmin(1)  # squared distance, up to a constant
     small = PIL.Image.fromarray(nearest.astype(np.uint8)[where].reshape(codes.shape))
     small.putpalette(palette.astype(np.uint8).tobytes())
@@ -163,14 +163,14 @@ def load_bars(
     E, fair = len(counts), max(counts.mean(), 1e-12)
     ax = axes_in(ax, 0.45 * E + 2, 2.6)
     lost = np.zeros(E) if dropped is None else np.asarray(dropped, float) / fair
-    colours = [expert_color(e) for e in range(E)]
-    ax.bar(range(E), counts / fair - lost, color=colours)
+    colors = [expert_color(e) for e in range(E)]
+    ax.bar(range(E), counts / fair - lost, color=colors)
     ax.bar(
         range(E),
         lost,
         bottom=counts / fair - lost,
         color='none',
-        edgecolor=colours,
+        edgecolor=colors,
         hatch='////',
         label='dropped' if lost.any() else None,
     )
@@ -184,7 +184,7 @@ def load_bars(
 
 # %% ../nbs/05_viz.ipynb #heatmap
 def ratio_map(ratio, rows: Sequence[str] | None = None, title: str = '', ax: Axes | None = None) -> Figure:
-    "Multiples of a fair share (R, E): blue below 1, red above, grey where there is no number."
+    "Multiples of a fair share (R, E): blue below 1, red above, gray where there is no number."
     ratio = np.asarray(ratio, float)
     R, E = ratio.shape
     ax = axes_in(ax, 0.5 * E + 2, min(0.35 * R + 1.2, 7))
@@ -193,9 +193,9 @@ def ratio_map(ratio, rows: Sequence[str] | None = None, title: str = '', ax: Axe
     if E > 16:
         ax.figure.colorbar(cells, ax=ax, extend='max', ticks=[0, 1, 2], pad=0.01)
     for (i, e), r in np.ndenumerate(ratio):
-        colour = 'white' if abs(r - 1) > 0.6 else 'black'
+        color = 'white' if abs(r - 1) > 0.6 else 'black'
         if E <= 16 and not np.isnan(r):
-            ax.text(e, i, f'{r:.1f}', ha='center', va='center', fontsize=7, color=colour)
+            ax.text(e, i, f'{r:.1f}', ha='center', va='center', fontsize=7, color=color)
     names = [escape_mathtext(str(name)) for name in rows or range(R)]
     frame(
         ax,
@@ -299,7 +299,7 @@ def domain_load(row: dict, layer: int, most: int = 12) -> tuple[list[str], np.nd
     return names, np.array(counts)
 
 
-def specialisation(row: dict, layer: int, ax: Axes | None = None) -> Figure:
+def specialization(row: dict, layer: int, ax: Axes | None = None) -> Figure:
     "Expert × domain of one layer: 1 where a domain uses an expert no more and no less than a fair share."
     names, load = domain_load(row, layer)
     return load_heatmap(load, names, f'layer {layer}: who reads what', ax)
@@ -332,7 +332,7 @@ def class_load(pieces: Sequence[str], expert_ids, n_experts: int) -> tuple[list[
 def top_tokens(
     pieces: Sequence[str], expert_ids, n_experts: int, n: int = 6, least: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """Each expert's favourites: up to n pieces seen `least` times, with the share of their tokens (N, K) it
+    """Each expert's favorites: up to n pieces seen `least` times, with the share of their tokens (N, K) it
     read.
     """
     ids, seen, read = np.asarray(expert_ids), Counter(pieces), Counter()
@@ -346,10 +346,10 @@ def top_tokens(
     return [[(piece, -minus) for minus, _, piece in liked(e)] for e in range(n_experts)]
 
 
-def top_tokens_table(favourites: list[list[tuple[str, float]]]) -> str:
+def top_tokens_table(favorites: list[list[tuple[str, float]]]) -> str:
     "HTML of `top_tokens`: a line per expert, each piece with the share of its tokens that this expert read."
     lines = []
-    for e, liked in enumerate(favourites):
+    for e, liked in enumerate(favorites):
         style = f'background:{expert_color(e)};color:{text_color(expert_color(e))};padding:0 6px'
         words = [f'<code>{html.escape(visible(piece))}</code>&nbsp;{share:.0%}' for piece, share in liked]
         lines.append(f'<div><span style="{style}">{e}</span> ' + ' &nbsp; '.join(words or ['–']) + '</div>')
@@ -362,7 +362,7 @@ def visible(piece: str) -> str:
 
 # %% ../nbs/05_viz.ipynb #coloured-text
 def colored_text(pieces: Sequence[str], expert_ids, gates=None, kept=None) -> str:
-    """HTML of a text, each token on its first expert's colour, paler than the text's largest gate by as much
+    """HTML of a text, each token on its first expert's color, paler than the text's largest gate by as much
     as its own is smaller, struck out if dropped.
 
     `pieces`: N strings; `expert_ids`, `gates`, `kept`: (N, K). Hovering shows all K choices.
@@ -374,8 +374,8 @@ def colored_text(pieces: Sequence[str], expert_ids, gates=None, kept=None) -> st
     for piece, ids, weights, ok in zip(pieces, expert_ids.tolist(), gates.tolist(), kept.tolist()):
         choices = zip(ids, weights, ok)
         hover = ', '.join(f'expert {e}: {w:.2f}{"" if o else " (dropped)"}' for e, w, o in choices)
-        colour = tint(expert_color(ids[0]), weights[0] / largest)
-        style = f'background:{colour};color:{text_color(colour)}'
+        color = tint(expert_color(ids[0]), weights[0] / largest)
+        style = f'background:{color};color:{text_color(color)}'
         if not ok[0]:
             style += ';text-decoration:line-through'
         text = html.escape(escape_controls(piece, '\n\t'))
@@ -384,9 +384,9 @@ def colored_text(pieces: Sequence[str], expert_ids, gates=None, kept=None) -> st
 
 
 def legend(n_experts: int) -> str:
-    "HTML line that names the colour of each expert."
-    colours = [expert_color(e) for e in range(n_experts)]
-    styles = [f'background:{colour};color:{text_color(colour)}' for colour in colours]
+    "HTML line that names the color of each expert."
+    colors = [expert_color(e) for e in range(n_experts)]
+    styles = [f'background:{color};color:{text_color(color)}' for color in colors]
     return ' '.join(f'<span style="{style}">&nbsp;{e}&nbsp;</span>' for e, style in enumerate(styles))
 
 # %% ../nbs/05_viz.ipynb #decisions
@@ -398,11 +398,11 @@ def decisions(routings: dict, title: str = '') -> Figure:
     """
     fig = new_figure(7, 2.2)
     left, right = fig.subplots(1, 2)
-    for (name, r), colour in zip(routings.items(), layer_colors(len(routings))):
+    for (name, r), color in zip(routings.items(), layer_colors(len(routings))):
         entropy, margin = confidence(r.probs, r.expert_ids)
         E = r.probs.shape[1]
-        left.hist(entropy, np.linspace(0, np.log(E), 31), histtype='step', lw=1.5, color=colour, label=name)
-        right.hist(margin, np.linspace(0, 1, 41), histtype='step', lw=1.5, color=colour)
+        left.hist(entropy, np.linspace(0, np.log(E), 31), histtype='step', lw=1.5, color=color, label=name)
+        right.hist(margin, np.linspace(0, 1, 41), histtype='step', lw=1.5, color=color)
     left.axvline(np.log(E), color='k', lw=0.8, ls=':')
     left.legend(frameon=False, fontsize=8)
     frame(left, title, xlabel='entropy, nats (dotted: no opinion)', ylabel='tokens')
@@ -421,7 +421,7 @@ def confidence(probs, expert_ids) -> tuple[np.ndarray, np.ndarray]:
 
 
 def layer_colors(n_layers: int) -> np.ndarray:
-    "A colour per layer, from dark at the bottom of the model to light at its top, RGBA (L, 4)."
+    "A color per layer, from dark at the bottom of the model to light at its top, RGBA (L, 4)."
     return matplotlib.colormaps['viridis'](np.linspace(0, 0.85, n_layers))
 
 # %% ../nbs/05_viz.ipynb #explore
@@ -468,14 +468,14 @@ def draw_model(cfg: ModelConfig) -> Figure:
     ax.set(xlim=(0, 100 if any(sparse) else 36), ylim=(0, 62))
     ax.axis('off')
 
-    def box(x, y, w, h, text, colour, size=8):
+    def box(x, y, w, h, text, color, size=8):
         edge = 'none' if text == '…' else '#444444'
-        look = dict(boxstyle='round,pad=0.4', facecolor=colour, edgecolor=edge, lw=0.8)
+        look = dict(boxstyle='round,pad=0.4', facecolor=color, edgecolor=edge, lw=0.8)
         ax.add_patch(matplotlib.patches.FancyBboxPatch((x, y), w, h, **look))
-        ax.text(x + w / 2, y + h / 2, text, ha='center', va='center', fontsize=size, color=text_color(colour))
+        ax.text(x + w / 2, y + h / 2, text, ha='center', va='center', fontsize=size, color=text_color(color))
 
-    def arrow(x0, y0, x1, y1, colour='#444444', lw=1.0):
-        look = dict(arrowstyle='-|>', color=colour, lw=lw, shrinkA=0, shrinkB=0)
+    def arrow(x0, y0, x1, y1, color='#444444', lw=1.0):
+        look = dict(arrowstyle='-|>', color=color, lw=lw, shrinkA=0, shrinkB=0)
         ax.annotate('', (x1, y1), (x0, y0), arrowprops=look)
 
     if any(sparse):
@@ -522,8 +522,8 @@ def draw_experts(cfg: ModelConfig, box, arrow):
             arrow(69, 20.4, middle, 30.6, *look)
         if on:
             arrow(middle, 40.4, 69, 50.6, *look)
-        colour = expert_color(e) if on else '#f2f9fd' if e is None else '#ffffff'
-        box(x + 0.9, 31, slot - 1.8, 9, '…' if e is None else f'expert\n{e}', colour, 7)
+        color = expert_color(e) if on else '#f2f9fd' if e is None else '#ffffff'
+        box(x + 0.9, 31, slot - 1.8, 9, '…' if e is None else f'expert\n{e}', color, 7)
     box(57, 15, 24, 5, f'router scores {n} experts,\nkeeps the best {cfg.top_k}', '#fff3cd')
     box(84, 15, 13, 5, f'an expert:\n{cfg.n_embd} → {width} → {cfg.n_embd}', '#ffffff', 6)
     box(55, 51, 28, 4, 'gates × results, added up (C)', '#eeeeee')
@@ -543,8 +543,8 @@ def saturation(steps: Sequence[int], snapshots, n_experts: int, ax: Axes | None 
     """
     share = settled_share(snapshots)  # (S, L)
     ax = axes_in(ax, 5, 2.4)
-    for layer, colour in enumerate(layer_colors(share.shape[1])):
-        ax.plot(steps, share[:, layer], 'o-', ms=4, color=colour, label=f'layer {layer}')
+    for layer, color in enumerate(layer_colors(share.shape[1])):
+        ax.plot(steps, share[:, layer], 'o-', ms=4, color=color, label=f'layer {layer}')
     ax.axhline(np.shape(snapshots)[-1] / n_experts, color='k', lw=0.8, ls=':', label='by chance')
     ax.legend(frameon=False, fontsize=8, ncols=2)
     frame(ax, 'choices that are already the last ones', xlabel='step', ylabel='share', ylim=(0, 1.05))
@@ -584,7 +584,7 @@ def coactivation(
 def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
     """Ways of tokens through consecutive layers, from first choices (L, N).
 
-    A band has the colour it comes from.
+    A band has the color it comes from.
     """
     ids = np.asarray(first_choices)
     ax = axes_in(ax, 2.2 * len(ids), 2.6)
@@ -593,8 +593,8 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
     for layer, here in enumerate(ids):
         size = np.bincount(here, minlength=n_experts) / len(here)  # (E,)
         below = np.cumsum(size + gap) - size
-        colours = [expert_color(e) for e in range(n_experts)]
-        ax.bar([layer] * n_experts, size, 0.12, below, color=colours)
+        colors = [expert_color(e) for e in range(n_experts)]
+        ax.bar([layer] * n_experts, size, 0.12, below, color=colors)
         for e in np.flatnonzero(size > 0.03):
             ax.text(
                 layer,
@@ -603,7 +603,7 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
                 ha='center',
                 va='center',
                 fontsize=7,
-                color=text_color(colours[e]),
+                color=text_color(colors[e]),
             )
         if layer + 1 == len(ids):
             break

@@ -73,7 +73,7 @@ BAD = {
         f'seed must be at least 0 and below 2**64, got {2**64}',
     ),
     'a seed too large to draw': (sample, f'out/x --seed {2**64}', 'seed must be at least 0 and below 2**64'),
-    'one renormalised gate': (
+    'one renormalized gate': (
         train,
         'tiny --top_k 1 --norm_topk_prob True',
         'norm_topk_prob must be False when top_k=1',

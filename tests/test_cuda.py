@@ -92,7 +92,7 @@ def numbers(tmp_path_factory) -> Path:
 
 @contextmanager
 def without_waits(device: torch.device):
-    "Raise on any host-device synchronisation; on a CPU, by fake tensors."
+    "Raise on any host-device synchronization; on a CPU, by fake tensors."
     if device.type == 'cpu':
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
@@ -107,7 +107,7 @@ def without_waits(device: torch.device):
 def made(way: str, device: torch.device) -> tuple[MoE, torch.Tensor, torch.Tensor]:
     """A layer with weights of N(0, 0.3²), tokens (2, T, C) and their ids.
 
-    Freed memory is filled with NaN to expose uninitialised reads.
+    Freed memory is filled with NaN to expose uninitialized reads.
     """
     cfg, T = WAYS[way]
     torch.manual_seed(0)
@@ -575,7 +575,7 @@ def test_an_update_waits_for_the_device_once(device, numbers, tmp_path, monkeypa
     monkeypatch.setattr(torch.Tensor, 'cpu', cpu)
 
     def refuse(self, *args):
-        raise AssertionError('unexpected host synchronisation')
+        raise AssertionError('unexpected host synchronization')
 
     if device.type == 'cuda':
         torch.cuda.set_sync_debug_mode('error')
@@ -667,7 +667,7 @@ def test_compiled_sampling_writes_the_same(device, preset):
     assert dict(counters['graph_break']) == {} and counters['stats']['unique_graphs'] == 1
 
 
-def test_orthogonalised_matrices_are(device):
+def test_orthogonalized_matrices_are(device):
     m = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0)).to(device)
     made = newton_schulz(m)
     assert made.dtype == m.dtype
@@ -685,12 +685,12 @@ def test_the_kernel_of_a_gpu_is_products_one_by_one(device, rows, widths):
     "Few rows, as in sampling, and many; widths that are no multiple of 8."
     torch.manual_seed(0)
     x, w = torch.randn(rows, widths[0], device=device), torch.randn(6, *widths, device=device)
-    ends = torch.tensor([1, 1, 2, 3, 3, rows], dtype=torch.int32, device=device)
+    offsets = torch.tensor([1, 1, 2, 3, 3, rows], dtype=torch.int32, device=device)
     expert = [0, 2, 3] + [5] * (rows - 3)
     want = torch.stack([x[i] @ w[e] for i, e in enumerate(expert)])
-    torch.testing.assert_close(experts.by_grouped_mm(x, w, ends), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(experts.by_grouped_mm(x, w, offsets), want, rtol=1e-5, atol=1e-5)
     y = torch.randn(rows, widths[1], device=device)
     outer = torch.stack(
         [sum((torch.outer(x[i], y[i]) for i in range(rows) if expert[i] == e), w[0] * 0) for e in range(6)]
     )
-    torch.testing.assert_close(experts.outer_by_grouped_mm(x, y, ends), outer, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(experts.outer_by_grouped_mm(x, y, offsets), outer, rtol=1e-5, atol=1e-5)

@@ -564,7 +564,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_anew_or_left_to_its_new_ow
     (tmp_path / 'run').rename(tmp_path / 'other')
     code = (
         'import time, pathlib; from nanomoe.checkpoint import lock_run; p = '
-        f'pathlib.Path({str(tmp_path / "run")!r}); p.mkdir(exist_ok=True); l = hold(p); print("held", '
+        f'pathlib.Path({str(tmp_path / "run")!r}); p.mkdir(exist_ok=True); l = lock_run(p); print("held", '
         'flush=True); time.sleep(60)'
     )
     with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as owner:
@@ -632,7 +632,7 @@ def test_settings_of_a_wrong_kind(flat):
 
 def test_weights_that_only_claim_to_be_there(tmp_path):
     shape = dict(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=4, dropout=0.0, bias=False)
-    whole = dict(GPT(ModelConfig(**shape)).state_dict())
+    whole = dict(GPT(ModelConfig(**shape, n_experts=1)).state_dict())
     cases = {
         'as it must be': (whole, {}),
         'layers': (whole, dict(n_layer=10**9)),

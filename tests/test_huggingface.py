@@ -98,16 +98,16 @@ def mixtral():
     return MixtralSparseMoeBlock(cfg), dict(norm_topk_prob=True)
 
 
-def olmoe(normalised: bool):
+def olmoe(normalized: bool):
     from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeSparseMoeBlock
 
     cfg = OlmoeConfig(
-        hidden_size=32, intermediate_size=24, num_experts=6, num_experts_per_tok=2, norm_topk_prob=normalised
+        hidden_size=32, intermediate_size=24, num_experts=6, num_experts_per_tok=2, norm_topk_prob=normalized
     )
-    return OlmoeSparseMoeBlock(cfg), dict(norm_topk_prob=normalised)
+    return OlmoeSparseMoeBlock(cfg), dict(norm_topk_prob=normalized)
 
 
-def qwen3(normalised: bool):
+def qwen3(normalized: bool):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
 
     cfg = Qwen3MoeConfig(
@@ -115,12 +115,12 @@ def qwen3(normalised: bool):
         moe_intermediate_size=24,
         num_experts=6,
         num_experts_per_tok=2,
-        norm_topk_prob=normalised,
+        norm_topk_prob=normalized,
     )
-    return Qwen3MoeSparseMoeBlock(cfg), dict(norm_topk_prob=normalised)
+    return Qwen3MoeSparseMoeBlock(cfg), dict(norm_topk_prob=normalized)
 
 
-def deepseek(normalised: bool):
+def deepseek(normalized: bool):
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3MoE
 
     cfg = DeepseekV3Config(
@@ -133,21 +133,21 @@ def deepseek(normalised: bool):
         n_group=1,
         topk_group=1,
         routed_scaling_factor=1.0,
-        norm_topk_prob=normalised,
+        norm_topk_prob=normalized,
     )
     return DeepseekV3MoE(cfg), dict(
-        router='sigmoid', balance='bias', n_shared_experts=2, norm_topk_prob=normalised
+        router='sigmoid', balance='bias', n_shared_experts=2, norm_topk_prob=normalized
     )
 
 
 BLOCKS = {
     'Mixtral': mixtral,
     'OLMoE': lambda: olmoe(False),
-    'OLMoE, normalised': lambda: olmoe(True),
+    'OLMoE, normalized': lambda: olmoe(True),
     'Qwen3-MoE': lambda: qwen3(True),
-    'Qwen3-MoE, not normalised': lambda: qwen3(False),
+    'Qwen3-MoE, not normalized': lambda: qwen3(False),
     'DeepSeek-V3': lambda: deepseek(True),
-    'DeepSeek-V3, not normalised': lambda: deepseek(False),
+    'DeepSeek-V3, not normalized': lambda: deepseek(False),
 }
 
 

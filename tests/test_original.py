@@ -81,7 +81,7 @@ def test_evaluation_forward(original):
     assert worst(out.losses.total, original['eval/loss']) < TOLERANCE
 
 
-def test_ten_optimiser_steps(original):
+def test_ten_optimizer_steps(original):
     model = original.model().train()
     run = TrainConfig(learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
     optimizer = make_optimizer(model, run)
@@ -136,7 +136,7 @@ def test_a_model_without_its_weights_differs(original):
     assert worst(model(original.x, original.y).logits, original['train/logits']) > TOLERANCE
 
 
-def test_renormalised_single_choice_builds_but_has_no_gradient():
+def test_renormalized_single_choice_builds_but_has_no_gradient():
     cfg = ModelConfig(
         block_size=8,
         vocab_size=16,

@@ -371,7 +371,7 @@ def test_samples_that_are_none_are_left_out(change, tmp_path, capsys):
         viz.colored_text(['a'], [[{'<b>': 0}]])
 
 
-def test_colours_keep_their_meaning_in_a_palette():
+def test_colors_keep_their_meaning_in_a_palette():
     "Areas, small dots and thin lines of every expert, exactly; 256 shades nearly."
     fig = viz.new_figure(4, 3)
     ax = fig.subplots()

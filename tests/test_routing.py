@@ -266,7 +266,7 @@ def test_shares_are_those_of_the_decimal_number():
 
 
 def test_muon_leaves_a_matrix_without_gradients_where_it_is():
-    """An expert that gets no token any more: old momentum, orthogonalised, would move it at full speed for
+    """An expert that gets no token any more: old momentum, orthogonalized, would move it at full speed for
     hundreds of steps.
     """
     torch.manual_seed(0)
@@ -459,11 +459,11 @@ REFUSED = {
         dict(router='expert_choice'),
         'capacity_factor and eval_capacity_factor must be set',
     ),
-    'one renormalised gate': (
+    'one renormalized gate': (
         dict(top_k=1, norm_topk_prob=True),
         'norm_topk_prob must be False when top_k=1',
     ),
-    'one renormalised sigmoid': (
+    'one renormalized sigmoid': (
         dict(top_k=1, norm_topk_prob=True, router='sigmoid'),
         'norm_topk_prob must be False when top_k=1',
     ),

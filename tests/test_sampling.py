@@ -64,7 +64,7 @@ def written(monkeypatch, model: GPT, idx: torch.Tensor, n: int, **knobs):
     with monkeypatch.context() as patch:
         drawn = sample.next_token_probs
         patch.setattr(
-            sample, 'distribution', lambda row, *args: logits.append(row.clone()) or drawn(row, *args)
+            sample, 'next_token_probs', lambda row, *args: logits.append(row.clone()) or drawn(row, *args)
         )
         hook = model.wte.register_forward_hook(lambda module, args, out: read.append(args[0].size(1)))
         torch.manual_seed(1)

@@ -339,7 +339,7 @@ def command(*words) -> str:
 
 def tests(given) -> dict:
     "Run tests/test_cuda.py."
-    chosen = 'kernel_of_a_gpu or orthogonalised or plain_loop' if given.dry else 'not cpu'
+    chosen = 'kernel_of_a_gpu or orthogonalized or plain_loop' if given.dry else 'not cpu'
     said = command(
         '-m',
         'pytest',
@@ -500,7 +500,7 @@ def parts_of(model, B: int, dry: bool) -> dict[str, tuple[Callable, int]]:
 
     def routed(x):
         experts, kept = sparse[0].experts, sparse[0].experts.forward
-        experts.forward = lambda rows, ends=None: rows
+        experts.forward = lambda rows, offsets=None: rows
         try:
             return sparse[0](x, ids)[0]
         finally:
