@@ -534,18 +534,18 @@ def test_float16_is_scaled_and_an_overflow_is_skipped(device, numbers, tmp_path,
     for optimizer in ('adamw', 'muon'):
         cfg, run = small('modern'), settings(tmp_path / optimizer, numbers, device, optimizer=optimizer)
         trainer = train.Trainer(cfg, run, DistContext(device=device))
-        got = [train.update(trainer)[0][0].item() / 2 for _ in range(20)]
+        got = [trainer.train_step()[0][0].item() / 2 for _ in range(20)]
         if optimizer == 'adamw':
             assert got == pytest.approx(plain_losses(cfg, run)[::2], rel=2e-2)
         assert trainer.scaler.is_enabled() and trainer.skipped == 0 and got[-1] < got[0]
         scale, before = trainer.scaler.get_scale(), [p.detach().clone() for p in trainer.model.parameters()]
         for value in (math.inf, 1e30):  # the second: finite, but its norm is not
             hook = trainer.model.wte.weight.register_hook(lambda g: torch.full_like(g, value))
-            train.update(trainer)
+            trainer.train_step()
             hook.remove()
         assert trainer.skipped == 2 and all(map(torch.equal, before, trainer.model.parameters()))
         assert trainer.scaler.get_scale() == scale / 2
-        train.update(trainer)
+        trainer.train_step()
         assert trainer.skipped == 2 and not all(map(torch.equal, before, trainer.model.parameters()))
 
 
@@ -559,7 +559,7 @@ def test_an_update_waits_for_the_device_once(device, numbers, tmp_path, monkeypa
         settings(tmp_path, numbers, device, gradient_accumulation_steps=5, dtype='bfloat16'),
         DistContext(device=device),
     )
-    train.update(trainer)
+    trainer.train_step()
     copies, real = [], torch.Tensor.cpu
 
     def cpu(self):
@@ -588,7 +588,7 @@ def test_an_update_waits_for_the_device_once(device, numbers, tmp_path, monkeypa
                 lambda self, *args, kind=kind: kind(self, *args) if copies else refuse(self),
             )
     try:
-        train.update(trainer)
+        trainer.train_step()
     finally:
         torch.cuda.is_available() and torch.cuda.set_sync_debug_mode('default')
     assert len(copies) == 1

@@ -197,14 +197,14 @@ def test_two_runs_do_not_write_one_folder(words, tmp_path):
 
 
 def stop_in_the_last_step(words: list[str], diary: Path):
-    real = train.update
+    real = train.Trainer.train_step
 
     def update(run):
         if run.step == 59:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(run)
 
-    train.update = update
+    train.Trainer.train_step = update
     life(words, diary)
 
 
@@ -275,7 +275,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch):
         eval_interval=8,
         device='cpu',
     )
-    real = train.micro_batch
+    real = train.Trainer.micro_batch
 
     def poisoned(run, number, last):
         hook = run.model.wte.weight.register_hook(lambda g: g * math.nan) if run.step in (3, 4) else None
@@ -284,7 +284,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch):
         finally:
             hook and hook.remove()
 
-    monkeypatch.setattr(train, 'micro_batch', poisoned)
+    monkeypatch.setattr(train.Trainer, 'micro_batch', poisoned)
     last = [*train.train(model_cfg, cfg)][-1]
     assert last.skipped == 2 and [int(path.name[5:]) for path in checkpoint.steps(tmp_path / 'streak')] == [
         1,
@@ -315,11 +315,11 @@ def test_an_error_is_shown_though_the_group_cannot_end(words, tmp_path):
     program = tmp_path / 'program.py'
     program.write_text(
         'import os, sys, time\nfrom nanomoe import train\nfrom nanomoe.parallel import dist\n'
-        'real = train.update\n'
+        'real = train.Trainer.train_step\n'
         'def update(run):\n'
         '    if os.environ["RANK"] == "0" and run.step == 3: raise OSError("the card fell out")\n'
         '    return real(run)\n'
-        'train.update, dist.destroy_process_group = update, lambda: time.sleep(600)\n'
+        'train.Trainer.train_step, dist.destroy_process_group = update, lambda: time.sleep(600)\n'
         'train.main(sys.argv[1:])'
     )
     begun = time.monotonic()
@@ -418,7 +418,7 @@ def fill(disk: Path):
 
 def fill_disk(words: list[str], diary: Path, disk: Path):
     "A life in which the disk is filled to the last byte before step 12 and emptied before step 28."
-    real = train.update
+    real = train.Trainer.train_step
 
     def update(run):
         if run.step == 12:
@@ -427,7 +427,7 @@ def fill_disk(words: list[str], diary: Path, disk: Path):
             (disk / 'ballast').unlink()
         return real(run)
 
-    train.update = update
+    train.Trainer.train_step = update
     life(words, diary)
 
 
@@ -474,7 +474,7 @@ def test_a_terminal_on_a_full_disk(words, whole, tmp_path):
 
 def fill_for_samples(words: list[str], diary: Path, disk: Path):
     "A life whose disk is full while step 30 writes its samples, and which is told to stop soon after."
-    real_text, real_update = train.routed_text, train.update
+    real_text, real_update = train.routed_text, train.Trainer.train_step
 
     def routed_text(run):
         if run.step == 30:
@@ -488,7 +488,7 @@ def fill_for_samples(words: list[str], diary: Path, disk: Path):
             os.kill(os.getpid(), signal.SIGTERM)
         return real_update(run)
 
-    train.routed_text, train.update = routed_text, update
+    train.routed_text, train.Trainer.train_step = routed_text, update
     life(words, diary)
 
 
@@ -506,7 +506,7 @@ def test_samples_that_wait_are_saved_by_a_stop(words, whole, small_disk, tmp_pat
 
 def limited(words: list[str], diary: Path, limit: int):
     "A life in which no file may grow beyond `limit` bytes between steps 12 and 28."
-    real, hard = train.update, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    real, hard = train.Trainer.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def update(run):
         if run.step == 12:
@@ -515,7 +515,7 @@ def limited(words: list[str], diary: Path, limit: int):
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         return real(run)
 
-    train.update = update
+    train.Trainer.train_step = update
     life(words, diary)
 
 
@@ -566,13 +566,13 @@ def test_a_crashed_process_heals_itself(words, two, tmp_path):
     program = tmp_path / 'program.py'
     program.write_text(
         'import os, signal, sys\nfrom nanomoe import train\n'
-        'real, life = train.update, int(os.environ["TORCHELASTIC_RESTART_COUNT"])\n'
+        'real, life = train.Trainer.train_step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])\n'
         'def update(run):\n'
         '    with open(f"{sys.argv[1]}.{run.world.rank}", "a") as f: f.write(f"{run.step}\\n")\n'
         '    if (life, run.world.rank, run.step) in [(0, 1, 13), (1, 0, 37)]: os.kill(os.getpid(), '
         'signal.SIGKILL)\n'
         '    return real(run)\n'
-        'train.update = update\n'
+        'train.Trainer.train_step = update\n'
         'train.main(sys.argv[2:])'
     )
     done = torchrun(
@@ -681,12 +681,12 @@ def test_a_machine_that_goes_away(words, whole, tmp_path):
         )
 
     (tmp_path / 'program.py').write_text(
-        'import sys, time\nfrom nanomoe import train\nreal = train.update\n'
+        'import sys, time\nfrom nanomoe import train\nreal = train.Trainer.train_step\n'
         'def update(run):\n'
         '    with open(sys.argv[1], "a") as f: f.write(f"{run.step} {run.world.size}\\n")\n'
         '    if run.world.size == 2: time.sleep(0.2)\n'
         '    return real(run)\n'
-        'train.update = update\ntrain.main(sys.argv[2:])'
+        'train.Trainer.train_step = update\ntrain.main(sys.argv[2:])'
     )
     agents = [agent(True), agent(False)]
     while len(read_log(tmp_path / 'run' / 'log.jsonl')) < 12 and agents[0].poll() is None:
@@ -731,7 +731,8 @@ def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path):
     program = tmp_path / 'program.py'
     program.write_text(
         'import math, os, sys, torch\nfrom nanomoe import train\n'
-        'real_batch, real_update, bad = train.micro_batch, train.update, [int(s) for s in '
+        'real_batch, real_update, bad = train.Trainer.micro_batch, train.Trainer.train_step, [int(s) '
+        'for s in '
         'sys.argv[1].split(",")]\n'
         'second = os.environ["RANK"] == "1"\n'
         'def shun(module, inputs, logits): return logits.index_fill(-1, torch.tensor([0]), -1e9)\n'
@@ -748,7 +749,7 @@ def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path):
         '    weights = torch.cat([p.flatten() for p in run.model.parameters()])\n'
         '    torch.save(weights, f"{sys.argv[2]}.{run.world.rank}")\n'
         '    return out\n'
-        'train.micro_batch, train.update = poisoned, update\n'
+        'train.Trainer.micro_batch, train.Trainer.train_step = poisoned, update\n'
         'train.main(sys.argv[3:])'
     )
     words = [*TINY, '--max_iters=12', '--checkpoint_interval=5', '--balance=none']
@@ -766,11 +767,11 @@ def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path):
 
 SLOW = (
     'import sys, time\nfrom nanomoe import train\n'
-    'real = train.micro_batch\n'
+    'real = train.Trainer.micro_batch\n'
     'def slow(run, number, last):\n'
     '    if run.step >= {step}: time.sleep({pause})\n'
     '    return real(run, number, last)\n'
-    'train.micro_batch = slow\ntrain.main(sys.argv[1:])'
+    'train.Trainer.micro_batch = slow\ntrain.main(sys.argv[1:])'
 )
 
 

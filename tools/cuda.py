@@ -525,7 +525,7 @@ def step(given) -> dict:
     import torch
     from nanomoe.presets import PRESETS
     from nanomoe.parallel import DistContext
-    from nanomoe.train import Trainer, peak_flops, update
+    from nanomoe.train import Trainer, peak_flops
 
     dry, where, rows, parts = given.dry, device(given.dry), [], {}
     peak = peak_flops(where, torch.bfloat16)
@@ -543,7 +543,7 @@ def step(given) -> dict:
     def with_feed(feed):
         def one():
             run.feed = feed
-            update(run)
+            run.train_step()
             wait(dry)
 
         return one
@@ -626,7 +626,7 @@ def throughput(cfg, B: int, compiled: bool, dry: bool, peak: float) -> tuple[dic
 def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
     "Train for about `seconds`, schedule fitted to that; return final metrics and the validation curve."
     from nanomoe.parallel import DistContext
-    from nanomoe.train import Trainer, train, update
+    from nanomoe.train import Trainer, train
 
     settings = training(
         given.dry,
@@ -638,10 +638,10 @@ def timed_run(given, name: str, cfg, seconds: float, **changes) -> dict:
     )
     trial = Trainer(cfg, settings, DistContext(device=device(given.dry)))
     for _ in range(1 if given.dry else 5):
-        update(trial)
+        trial.train_step()
     start = time.perf_counter()
     for _ in range(2 if given.dry else 20):
-        update(trial)
+        trial.train_step()
     pace = (time.perf_counter() - start) / (2 if given.dry else 20)
     del trial
     gc.collect()
