@@ -34,30 +34,30 @@ from .train import keep_freed_memory
 # %% ../nbs/43_bench.ipynb #settings
 @dataclass(frozen=True)
 class Bench:
-    "Time a mixture of experts beside its dense twin: one MLP as wide as the K experts a token visits"
+    "Time an MoE layer against a FLOP-matched dense MLP, as wide as the K experts of a token together"
 
     n_tokens: int = 12288  # N: tokens per pass of a layer; nanoMoE's micro-batch is 12 × 1024
     n_embd: int = 384  # C
     expert_width: int = 1536  # F
     n_experts: int = 8  # E
     top_k: int = 2  # K
-    preset: str = 'nano_moe'  # whose model `step` trains
-    batch_size: int = 1  # rows of a step's micro-batch; nanoMoE's is 12, and slow on a CPU
+    preset: str = 'nano_moe'  # preset whose model `step` trains
+    batch_size: int = 1  # sequences per micro-batch of `step`; nanoMoE's is 12, slow on a CPU
     against: str | None = None  # folder of a clone of wolfecameron/nanoMoE, to time its layer and step too
-    dtype: Literal['float32', 'bfloat16'] = 'float32'  # bfloat16 is by autocast
+    dtype: Literal['float32', 'bfloat16'] = 'float32'  # bfloat16 uses autocast
     compile: bool = False  # torch.compile each layer or model
     device: str = 'auto'  # auto, cpu, cuda
-    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    threads: int = 0  # CPU threads; 0 is torch's default
     repeats: int = 7  # passes per case, interleaved
-    json: str | None = None  # file for the figures
+    json: str | None = None  # file to write the results to
 
 # %% ../nbs/43_bench.ipynb #make-layer
 def make_layer(name: str, b: Bench) -> torch.nn.Module:
-    """A case: `moe`, dropless; `capacity`, with room for 1.25 even shares; `twin`, a dense MLP of width K·F.
+    """A case: `moe`, dropless; `capacity`, with room for 1.25 even shares; `dense`, a dense MLP of width K·F.
 
     `routing` is `moe` with experts that return what they get: all but the matrix products. `moe swiglu` and
-    `twin swiglu` have gated experts, as Mixtral's block from `transformers` has them. `original` is nanoMoE's
-    layer.
+    `dense swiglu` have gated experts, as Mixtral's block from `transformers` has them. `original` is
+    nanoMoE's layer.
     """
     torch.manual_seed(0)
     kind, _, part = name.partition(' ')
@@ -75,7 +75,7 @@ def make_layer(name: str, b: Bench) -> torch.nn.Module:
     elif kind == 'original':
         layer = original_layer(b)
     else:
-        layer = MLP(cfg, b.top_k * b.expert_width) if kind == 'twin' else MoE(cfg)
+        layer = MLP(cfg, b.top_k * b.expert_width) if kind == 'dense' else MoE(cfg)
     if kind == 'routing':
         layer.experts.forward = lambda x, offsets: x
     for p in layer.parameters():
@@ -156,7 +156,7 @@ def make_pass(name: str, b: Bench) -> Callable[[], None]:
 
 # %% ../nbs/43_bench.ipynb #make-model
 def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
-    """A case of `step`: the preset's `moe`, the same `dropless`, its `twin` of equal active FLOPs, nanoMoE's
+    """A case of `step`: the preset's `moe`, the same `dropless`, its `dense` of equal active FLOPs, nanoMoE's
     `original`.
 
     `modern` is the preset with the parts that `Mixtral` from `transformers` has: every layer sparse, gated
@@ -174,7 +174,7 @@ def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
     if kind == 'Mixtral':
         return mixtral_model(part, cfg), cfg
     model = GPT(cfg)
-    if kind == 'twin' or part == 'twin':
+    if kind == 'dense' or part == 'dense':
         for i in moe_layers(cfg):
             model.h[i].mlp = MLP(cfg, cfg.top_k * cfg.d_expert)
     return model, cfg
@@ -348,32 +348,34 @@ def report(cases: dict[str, tuple[str, str]], make: Callable, b: Bench) -> list[
         dict(
             case=name,
             ms=1e3 * statistics.median(times[name]),
-            times_twin=neighbor_ratio(times[name], times[twin]),
+            times_dense=neighbor_ratio(times[name], times[dense]),
             times_moe=neighbor_ratio(times[name], times[moe]),
             peak_gib=peaks[name],
         )
-        for name, (twin, moe) in cases.items()
+        for name, (dense, moe) in cases.items()
     ]
 
 
 def layer(b: Bench) -> list[dict]:
-    "The layer's cases: ours, its twin, and, where they are at hand, Hugging Face's and nanoMoE's."
-    cases = {name: ('twin', 'moe') for name in ('twin', 'moe', 'capacity', 'routing')}
+    "The layer's cases: ours, its dense, and, where they are at hand, Hugging Face's and nanoMoE's."
+    cases = {name: ('dense', 'moe') for name in ('dense', 'moe', 'capacity', 'routing')}
     if b.against:
-        cases['original'] = ('twin', 'moe')
-    gated = ['twin swiglu', 'moe swiglu', 'Mixtral eager', 'Mixtral grouped_mm'] if has_transformers() else []
-    return report(cases | {name: ('twin swiglu', 'moe swiglu') for name in gated}, make_pass, b)
+        cases['original'] = ('dense', 'moe')
+    gated = (
+        ['dense swiglu', 'moe swiglu', 'Mixtral eager', 'Mixtral grouped_mm'] if has_transformers() else []
+    )
+    return report(cases | {name: ('dense swiglu', 'moe swiglu') for name in gated}, make_pass, b)
 
 
 def step(b: Bench) -> list[dict]:
     "A whole training step of the preset, in the same cases."
-    cases = {name: ('twin', 'moe') for name in ('twin', 'moe')}
+    cases = {name: ('dense', 'moe') for name in ('dense', 'moe')}
     if PRESETS[b.preset][0].capacity_factor:
-        cases['dropless'] = ('twin', 'moe')
+        cases['dropless'] = ('dense', 'moe')
     if b.against:
-        cases['original'] = ('twin', 'moe')
-    gated = ['modern twin', 'modern', 'Mixtral eager', 'Mixtral grouped_mm'] if has_transformers() else []
-    return report(cases | {name: ('modern twin', 'modern') for name in gated}, make_step, b)
+        cases['original'] = ('dense', 'moe')
+    gated = ['modern dense', 'modern', 'Mixtral eager', 'Mixtral grouped_mm'] if has_transformers() else []
+    return report(cases | {name: ('modern dense', 'modern') for name in gated}, make_step, b)
 
 # %% ../nbs/43_bench.ipynb #report-scale
 def scale(b: Bench) -> list[dict]:
@@ -386,7 +388,7 @@ def scale(b: Bench) -> list[dict]:
     rows = []
     for n, e in sizes:
         size = replace(b, n_tokens=n, n_experts=e)
-        times = interleaved({name: make_pass(name, size) for name in ['twin', 'moe', *gated]}, b.repeats)
+        times = interleaved({name: make_pass(name, size) for name in ['dense', 'moe', *gated]}, b.repeats)
         rows.append(dict(N=n, E=e) | {name: n / statistics.median(times[name]) / 1e3 for name in times})
     return rows
 

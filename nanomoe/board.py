@@ -73,7 +73,7 @@ def round_numbers(low: float, high: float) -> list[float]:
 
 # %% ../nbs/44_board.ipynb #board-charts
 def svg_loss(rows: Sequence[dict]) -> str:
-    "`curve_points`: of the training batches as a line, of held-out text as dots."
+    "`curve_points`: of the training batches as a line, of validation text as dots."
     unit, trained, held = curve_points(rows)
     trained, held = downsample(trained, 240), downsample(held, 60)
     heights = [loss for _, loss in trained + held]
@@ -85,7 +85,7 @@ def svg_loss(rows: Sequence[dict]) -> str:
     return (
         f'<polyline points="{line}" fill="none" stroke="#56B4E9" stroke-width="1.5"/>'
         + ''.join(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="3.5" fill="#0072B2"/>' for x, y in dots)
-        + panel.axes(f'{unit}: — batch, ● held out')
+        + panel.axes(f'{unit}: — batch, ● validation')
     )
 
 # %% ../nbs/44_board.ipynb #svg-film
@@ -115,7 +115,7 @@ def svg_load(load) -> str:
     ratio = load_ratio(load)
     (L, E), left, top = ratio.shape, 680, 28
     width, height = 220 / E, min(24, 150 / L)
-    parts = [svg_words(left, 16, 'load now: row = layer, 1 = fair', 'start')]
+    parts = [svg_words(left, 16, 'load now: row = layer, 1 = uniform', 'start')]
     for (i, e), r in np.ndenumerate(ratio):
         x, y, color = left + e * width, top + i * height, _red_blue[round(32 * min(r, 2))]
         parts.append(
@@ -127,7 +127,7 @@ def svg_load(load) -> str:
 
 
 def board_svg(rows: Sequence[dict], layer: int = 0) -> str:
-    "A run so far, as an SVG picture: loss, film of one layer, load of all layers."
+    "A run so far, as an SVG picture: loss, load over time of one layer, load of all layers."
     parts = board_parts(rows, layer)
     width, charts = 910 if len(parts) > 1 else 340, ''.join(part for _, _, part in parts)
     # white in a dark theme too

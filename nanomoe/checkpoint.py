@@ -260,13 +260,13 @@ def check_fit(model: GPT, tensors: dict[str, Tensor]):
 
 # %% ../nbs/39_checkpoint.ipynb #lines-file
 def evaluations(rows: list[dict]) -> list[dict]:
-    "Of the lines of a log, those with a held-out loss."
+    "Of the lines of a log, those with a validation loss."
     return [row for row in rows if {'val_ce', 'val_tokens'} <= row.keys()]
 
 
 def best_step(folder: Path, rows: list[dict]) -> int | None:
-    """Of the checkpoints in the folder, the step with the lowest held-out loss in `rows`, on as many batches
-    as are usual now.
+    """Of the checkpoints in the folder, the step with the lowest validation loss in `rows`, on as many
+    batches as are usual now.
     """
     usual = min((row['val_tokens'] for row in rows[-2:]), default=0)  # the last may be on the whole text
     there = {*map(step_of, steps(folder))}
@@ -328,12 +328,13 @@ def lock_run(folder: Path):
     except BlockingIOError:
         lock.close()
         raise BadInput(
-            f'another process is writing the run in {folder}, or this one already; wait for its end, or '
+            f'another process is writing the run in {folder}, or this one already; wait until it finishes, '
+            'or '
             'use another --out_dir'
         ) from None
     except OSError as e:
         print_status(
-            f'{folder} cannot be locked ({e.strerror}); see to it that nothing else writes this run',
+            f'{folder} cannot be locked ({e.strerror}); make sure that nothing else writes to this run',
             sys.stderr,
         )
     return lock

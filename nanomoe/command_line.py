@@ -64,7 +64,7 @@ def what_to_install(module: str | None) -> str | None:
     for extra, packages in EXTRAS.items():
         where = f"-e '.[{extra}]'" if (home() / 'settings.ini').exists() else f"'nanomoe[{extra}]'"
         if package in packages.split():
-            return f'this command needs the package {package}; install it with: pip install {where}'
+            return f'this command requires the package {package}; install it with: pip install {where}'
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def starting_point(word: str) -> tuple[ModelConfig, TrainConfig, list[str]]:
     """The configurations that the first word of a command line names, and the options its file sets to other
     than their defaults.
 
-    A preset's name, or a .toml or .json file of knobs whose optional `preset` key names what it changes.
+    A preset's name, or a .toml or .json file of options whose optional `preset` key names what it changes.
     """
     if word in PRESETS:
         return *PRESETS[word], []
@@ -147,7 +147,7 @@ def starting_point(word: str) -> tuple[ModelConfig, TrainConfig, list[str]]:
     except (ValueError, RecursionError) as e:
         raise BadInput(f'{word} is not valid {path.suffix[1:]}: {e}') from None
     if not isinstance(values, dict):
-        raise BadInput(f'{word} must hold one table of knobs, got a {type(values).__name__}')
+        raise BadInput(f'{word} must hold one table of options, got a {type(values).__name__}')
     if path.suffix == '.json':
         values = of_earlier(values)  # the config.json of a run
     base = values.pop('preset', None)
@@ -240,7 +240,7 @@ def from_command_line(cls, default, argv: list[str], program: str):
             print(help_text(program, plain.getvalue()))
             raise
         sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', said.getvalue())[1]  # between title and next rule
-        hint = '; weights to begin from are named by --init_from' if "'--init'" in sentence else ''
+        hint = '; to start from given weights, use --init_from' if "'--init'" in sentence else ''
         wrong = re.search("invalid choice '(.+?)' for argument '--(.+?)'", sentence)
         hint += renamed_value(wrong[2], wrong[1]) if wrong else ''
         raise BadInput(' '.join(sentence.split()).rstrip('.') + hint) from None
@@ -262,7 +262,7 @@ def check_word(word: str, names: list[str]):
     if hyphens == '--' and name not in ('help', 'version'):
         check_name(name, names)
     elif hyphens != '--' and name in names and (hyphens or '=' in word):
-        raise BadInput(f'an option begins with two hyphens: --{word.lstrip("-–—")}')
+        raise BadInput(f'an option starts with two hyphens: --{word.lstrip("-–—")}')
 
 
 def subcommand(argv: list[str], kinds, program: str) -> str:
@@ -275,9 +275,7 @@ def subcommand(argv: list[str], kinds, program: str) -> str:
     if argv and argv[0] in kinds:
         return argv[0]
     wrong = (
-        f'there is no {program} {argv[0]}{nearest(argv[0], kinds)}'
-        if argv
-        else f'say what {program} is to do'
+        f'there is no {program} {argv[0]}{nearest(argv[0], kinds)}' if argv else f'{program} needs a command'
     )
     raise BadInput(f'{wrong} ({", ".join(kinds)}; python -m nanomoe.{program} --help shows examples)')
 
@@ -289,7 +287,7 @@ class CommandLine:
     model: ModelConfig
     train: TrainConfig
     print_config: bool = False  # print all settings as a .toml file and stop
-    # say what the run would need, memory and hours among it, and stop; nothing is written
+    # estimate memory and hours, then stop without writing anything
     dry_run: bool = False
 
 
@@ -321,7 +319,7 @@ def words_first(argv: list[str]) -> list[str]:
 
 
 def read_command(argv: list[str]) -> Command:
-    """`[PRESET | run.toml | config.json] --knob value …`, checked; raises `BadInput`.
+    """`[PRESET | run.toml | config.json] --option value …`, checked; raises `BadInput`.
 
     With `--help`, `--version` or `--print_config` it prints and raises `SystemExit`.
     """
@@ -330,7 +328,7 @@ def read_command(argv: list[str]) -> Command:
     words = list(itertools.takewhile(lambda word: not word.startswith('-'), argv))
     for word in [word.lstrip('–—') for word in words]:
         if '=' in word or word in names:
-            raise BadInput(f'an option begins with two hyphens: --{word}')
+            raise BadInput(f'an option starts with two hyphens: --{word}')
     if words:
         model, train, given = starting_point(words[0])
     if words[1:]:
@@ -353,7 +351,7 @@ def parse(argv: list[str]) -> tuple[ModelConfig, TrainConfig]:
 
 # %% ../nbs/33_command_line.ipynb #programs
 class Program(NamedTuple):
-    "What the help of a program begins with"
+    "The beginning of a program's help"
 
     usage: str
     what: str
@@ -368,32 +366,32 @@ PROGRAMS = {
 SOURCE is a name (onboard, numbers, shakespeare, shakespeare_char,
 shakespeare_gpt2, openwebtext, fineweb-edu, fineweb10B-gpt2), a file, a folder,
 or a dataset of the Hugging Face hub.""",
-        'turn text into a dataset folder',
+        'prepare text as a dataset folder',
         """
   python -m nanomoe.data onboard                # text of this machine, ~8 MB
   python -m nanomoe.data notes/ book.txt --out data/mine
   python -m nanomoe.data 'crawl/*.parquet' code/ --weights 7,3 --out data/mix
   python -m nanomoe.data roneneldan/TinyStories --tokenizer gpt2
-  python -m nanomoe.data check data/mine        # every byte as it was written?""",
+  python -m nanomoe.data check data/mine        # verify checksums""",
     ),
     'train': Program(
         '[PRESET | FILE] [--OPTION VALUE ...]\n\nFILE is a .toml or .json file of options: '
         'configs/*.toml, or any config.json.',
         'train a GPT, dense or with experts',
         """
-  python -m nanomoe.train tiny                  # seconds: does it work here?
+  python -m nanomoe.train tiny                  # seconds: check that it works
   python -m nanomoe.train onboard --max_iters 5000 --out_dir out/long
   python -m nanomoe.train onboard --dry_run     # memory, tokens, hours; no run
   python -m nanomoe.train configs/own_text.toml --learning_rate 3e-3
   torchrun --standalone --nproc_per_node=8 -m nanomoe.train nano_moe
 
-The same command again continues the run in --out_dir from its last checkpoint.""",
+Running the same command again resumes the run in --out_dir from its last checkpoint.""",
     ),
     'sample': Program(
-        'RUN [--OPTION VALUE ...]\n\nRUN is the folder of a run or of one step, gpt2 to gpt2-xl, a '
-        'folder of\n'
-        'transformers, or a ckpt.pt.',
-        'let a trained model write',
+        'RUN [--OPTION VALUE ...]\n\nRUN is a run or checkpoint folder, gpt2 to gpt2-xl, a Hugging '
+        'Face model\n'
+        'folder, or a ckpt.pt.',
+        'generate text from a trained model',
         """
   python -m nanomoe.sample out/onboard --start "def main("
   python -m nanomoe.sample out/onboard --num_samples 4 --temperature 0.7
@@ -403,7 +401,7 @@ The same command again continues the run in --out_dir from its last checkpoint."
         """{experts,curve,report} RUN [--out FILE]
        python -m nanomoe.viz watch RUN [--port N] [--open=False]
        python -m nanomoe.viz model PRESET [--out FILE]""",
-        'draw a run, or a model; watch a run live',
+        'plot a run or a model; watch a run live',
         """
   python -m nanomoe.viz watch out/onboard       # in the browser, as it trains
   python -m nanomoe.viz report out/onboard      # one HTML page
@@ -412,7 +410,7 @@ The same command again continues the run in --out_dir from its last checkpoint."
     ),
     'bench': Program(
         '{layer,step,scale,write,data} [--OPTION ...]',
-        'time a mixture beside its dense twin',
+        'time MoE layers against a FLOP-matched dense baseline',
         """
   python -m nanomoe.bench layer                 # one layer of experts
   python -m nanomoe.bench step --preset modern  # a whole training step
@@ -420,7 +418,7 @@ The same command again continues the run in --out_dir from its last checkpoint."
     ),
     'pretrained': Program(
         'export RUN DIR [--to hf]',
-        'write a model for transformers',
+        'export a model to Hugging Face transformers',
         """
   python -m nanomoe.pretrained export out/modern modern-hf""",
     ),
@@ -437,7 +435,7 @@ def version() -> str:
 
 
 def help_text(program: str, options: str) -> str:
-    "What `--help` of a program prints, given what `tyro` says of its options."
+    "A program's `--help`, given `tyro`'s description of its options."
     p = PROGRAMS[program]
     shown = [f'usage: python -m nanomoe.{program} {p.usage}', f'{p.what[0].upper()}{p.what[1:]}.']
     if program == 'train':
@@ -461,7 +459,7 @@ def preset_lines() -> list[str]:
 
 
 def overview() -> str:
-    "What `python -m nanomoe` prints."
+    "The output of `python -m nanomoe`."
     lines = [f'  python -m nanomoe.{name:11} {p.what}' for name, p in PROGRAMS.items()]
     return '\n'.join(
         [
@@ -473,8 +471,8 @@ def overview() -> str:
             '',
             'To begin:',
             '',
-            '  python -m nanomoe.train tiny            # train a small one, in seconds',
-            '  python -m nanomoe.sample out/tiny       # let it write',
-            '  python -m nanomoe.viz report out/tiny   # see what its experts do',
+            '  python -m nanomoe.train tiny            # train a small model, in seconds',
+            '  python -m nanomoe.sample out/tiny       # generate text',
+            '  python -m nanomoe.viz report out/tiny   # see how its experts are used',
         ]
     )

@@ -129,7 +129,7 @@ class TrainConfig:
 
 # %% ../nbs/30_config.ipynb #bad-input
 class BadInput(ValueError):
-    "The user's input breaks a rule; the message is one sentence with the knob, the rule and the value."
+    "The user's input breaks a rule; the message is one sentence with the option, the rule and the value."
 
 # %% ../nbs/30_config.ipynb #check-name
 OTHER_NAMES = {  # of nanoGPT's relatives, transformers, and papers
@@ -159,13 +159,14 @@ OTHER_NAMES = {  # of nanoGPT's relatives, transformers, and papers
     'dtype': 'precision amp',
     'max_new_tokens': 'length tokens',
     'num_samples': 'n',
-    'held_out': 'val split val_split',
+    'val_fraction': 'val split val_split',
     'start': 'prompt',
 }
 RENAMED = {  # options of earlier versions, and what to write now
     'gates': 'norm_topk_prob',
     'balance_weight': 'aux_loss_weight',
     'z_weight': 'router_z_loss_weight',
+    'held_out': 'val_fraction',
 }
 REMOVED = {
     'init_scale': "the scale of init='switch' is 1, as in the paper",
@@ -212,7 +213,7 @@ def check_name(name: str, names: list[str] | None = None):
 
 # %% ../nbs/30_config.ipynb #fields
 def field_names(*configs) -> list[str]:
-    "Names of all knobs of the given dataclasses, in order."
+    "Names of all options of the given dataclasses, in order."
     return [f.name for c in configs or (ModelConfig, TrainConfig) for f in dataclasses.fields(c)]
 
 
@@ -222,7 +223,7 @@ def to_dict(model: ModelConfig, train: TrainConfig) -> dict:
 
 
 def from_dict(flat: dict) -> tuple[ModelConfig, TrainConfig]:
-    "The inverse of `to_dict`; raises `BadInput` for a knob that does not exist."
+    "The inverse of `to_dict`; raises `BadInput` for a option that does not exist."
     if not isinstance(flat, dict):
         raise BadInput(f'settings must be names and their values, got {flat!r:.200}')
     for name in flat:
@@ -343,7 +344,7 @@ CHANGEABLE = (
 
 
 def allowed_changes(t: TrainConfig) -> list[str]:
-    "The knobs that `allow_changed` names."
+    "The options that `allow_changed` names."
     return (t.allow_changed or '').replace(',', ' ').split()
 
 
@@ -395,7 +396,7 @@ _balances = {
 
 
 def conflicts(m: ModelConfig) -> list[str]:
-    "One sentence for each combination of knobs that can be built but not trained."
+    "One sentence for each combination of options that can be built but not trained."
     if m.n_experts == 1:
         return []
     out, dropless = [], m.capacity_factor is m.eval_capacity_factor is None
@@ -431,11 +432,11 @@ def conflicts(m: ModelConfig) -> list[str]:
             f'tokens an expert takes, got {m.capacity_factor} and {m.eval_capacity_factor}',
         )
     need(m.router != 'hash' or m.jitter == 0, f'jitter must be 0 with router=hash, got {m.jitter}')
-    for knob in ('capacity_over', 'priority'):
-        value, usual = getattr(m, knob), getattr(ModelConfig, knob)
+    for option in ('capacity_over', 'priority'):
+        value, usual = getattr(m, option), getattr(ModelConfig, option)
         need(
             value == usual or not dropless and m.router != 'expert_choice',
-            f'{knob} must be {usual} where no queue is filled in order, got {value}',
+            f'{option} must be {usual} where no queue is filled in order, got {value}',
         )
     return out
 

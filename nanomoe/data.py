@@ -65,7 +65,7 @@ def split_documents(source: Source, skip: int = 0, cut: bool = False) -> Iterato
     "The source's documents for their splits; when `cut`, the end of each is held out."
     for done, d in enumerate(source.documents(skip), skip + 1):
         if not cut:
-            yield Part(d.text, d.domain, 'val' if source.held_out(d) else 'train', done)
+            yield Part(d.text, d.domain, 'val' if source.is_val(d) else 'train', done)
         elif (at := min(int(len(d.text) * (1 - source.share)), len(d.text) - 1)) > 0:
             yield Part(d.text[:at], d.domain, 'train', None)
             yield Part(d.text[at:], d.domain, 'val', done)
@@ -185,7 +185,7 @@ def check_replaceable(folder: Path):
         or foreign(folder)
     ):
         raise BadInput(
-            f'{folder} holds something else than a prepared dataset; name another folder with --out'
+            f'{folder} contains something other than a prepared dataset; choose another folder with --out'
         )
 
 
@@ -219,9 +219,9 @@ def at_work(part: Path):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f'another process is preparing {part}; wait for its end') from None
+            raise BadInput(f'another process is preparing {part}; wait until it finishes') from None
         if foreign(part):
-            raise BadInput(f'{part} holds something else than an unfinished dataset; move it away')
+            raise BadInput(f'{part} contains something other than an unfinished dataset; move it away')
         try:
             yield
         finally:
@@ -296,7 +296,7 @@ def build_dataset(
     return manifest
 
 # %% ../nbs/37_data.ipynb #write-splits
-BPE_TRAIN_CHARS = 100_000_000  # characters of each source from which a BPE is learnt
+BPE_TRAIN_CHARS = 100_000_000  # characters of each source from which a BPE is learned
 NOTED_EVERY = 10.0  # seconds between notes of progress: what a kill costs at most
 
 
@@ -411,7 +411,7 @@ def read_progress(part: Path, job: str) -> Progress:
     except (BadInput, OSError, KeyError) as e:
         flat = {}
         if (part / 'progress.json').exists():
-            print_status(f'{part} cannot be continued and begins anew: {e}', sys.stderr)
+            print_status(f'{part} cannot be resumed and starts over: {e}', sys.stderr)
     return (
         Progress(**{name: flat[name] for name in flat if name != 'seal'})
         if flat.get('job') == job
@@ -569,20 +569,20 @@ class Prepare:
     "Turn text into a dataset folder"
 
     out: str | None = None  # folder to write; None is data/NAME
-    # bpe, bytes, chars, one of tiktoken's such as gpt2, or the folder of a run whose it is
+    # bpe, bytes, chars, a tiktoken name such as gpt2, or a run's folder, to reuse its tokenizer
     tokenizer: str | None = None
-    vocab_size: int | None = None  # entries of a bpe; None is 4096
-    text_column: str = 'text'  # where rows hold their text
-    domain_column: str | None = None  # where rows say what kind of text they are; None is the source's name
-    endings: str | None = None  # files of a folder that are read, such as .rst,.c; None is all that are known
-    # what becomes of files that are not UTF-8: an end, U+FFFD, or nothing
+    vocab_size: int | None = None  # size of a bpe vocabulary; None is 4096
+    text_column: str = 'text'  # column of a table that holds the text
+    domain_column: str | None = None  # column with each row's domain; None is the source's name
+    endings: str | None = None  # file endings to read from folders, such as .rst,.c; None is all known
+    # how to treat files that are not UTF-8: stop, insert U+FFFD, or skip the file
     errors: Literal['strict', 'replace', 'skip'] = 'strict'
-    subset: str | None = None  # of a dataset of the hub, such as sample-100BT
-    max_tokens: int | None = None  # stop there, about; shared out among the sources
-    # share of documents for validation; None is 0.1 of files, 0.0005 of the hub
-    held_out: float | None = None
-    weights: str | None = None  # what training reads of each source, such as 7,3; None is as much as there is
-    from_file: str | None = None  # Tiny Shakespeare's text, if it cannot be downloaded
+    subset: str | None = None  # configuration of a hub dataset, such as sample-100BT
+    max_tokens: int | None = None  # stop after about this many tokens, split across sources
+    # fraction of documents for validation; None is 0.1 for files, 0.0005 for the hub
+    val_fraction: float | None = None
+    weights: str | None = None  # sampling weight of each source, such as 7,3; None is by size
+    from_file: str | None = None  # local copy of Tiny Shakespeare, if it cannot be downloaded
 
 
 def mixture_weights(sources: list[str], o: Prepare) -> list[float]:
@@ -642,19 +642,22 @@ def check_prepare(sources: list[str], o: Prepare, kind: str):
             f'subset belongs to a dataset of the hub, got {o.subset}',
         ),
         (
-            o.held_out is None or 'openwebtext' not in sources,
-            'held_out does not belong to openwebtext, whose split is nanoGPT\'s',
+            o.val_fraction is None or 'openwebtext' not in sources,
+            'val_fraction does not belong to openwebtext, whose split is nanoGPT\'s',
         ),
         (
             not named
             or named in HUB
-            or o.held_out is None
+            or o.val_fraction is None
             and o.domain_column is None
             and o.text_column == 'text',
-            f'text_column, domain_column and held_out belong to other text than {named}',
+            f'text_column, domain_column and val_fraction belong to other text than {named}',
         ),
         (o.max_tokens is None or o.max_tokens >= 1, f'max_tokens must be at least 1, got {o.max_tokens}'),
-        (o.held_out is None or 0 < o.held_out < 1, f'held_out must be between 0 and 1, got {o.held_out}'),
+        (
+            o.val_fraction is None or 0 < o.val_fraction < 1,
+            f'val_fraction must be between 0 and 1, got {o.val_fraction}',
+        ),
         (
             len(set(domains)) == len(domains) or o.weights is None,
             f'sources with weights must have names of their own, got {" ".join(domains)}',
@@ -755,7 +758,7 @@ def check_apart(sources: list[str], folder: Path):
 
 
 def check_once(named: list[tuple[str, list[Path]]]):
-    """Raise `BadInput` for a file that two sources name: by one it might be learnt from, by the other held
+    """Raise `BadInput` for a file that two sources name: by one it might be learned from, by the other held
     out.
     """
     owners = {}
@@ -765,7 +768,8 @@ def check_once(named: list[tuple[str, list[Path]]]):
     for file, (first, *more) in owners.items():
         if more:
             raise BadInput(
-                f'{first} and {more[0]} both name {file}, whose text would be both learnt and held out; '
+                f'{first} and {more[0]} both name {file}, whose text would be in both training and '
+                'validation; '
                 'name it once'
             )
 
@@ -813,8 +817,8 @@ def open_source(source: str, o: Prepare, max_tokens: int | None) -> Source:
             max_tokens,
         )
     if on_hub(source):
-        return hub_source(source, o.subset, columns, o.held_out, max_tokens)
-    return local_source(source, columns, o.held_out or 0.1, max_tokens, endings_of(o), o.errors)
+        return hub_source(source, o.subset, columns, o.val_fraction, max_tokens)
+    return local_source(source, columns, o.val_fraction or 0.1, max_tokens, endings_of(o), o.errors)
 
 
 def endings_of(o: Prepare) -> tuple[str, ...]:
@@ -842,21 +846,21 @@ def main(argv: list[str] | None = None):
         try:
             run_command(argv[:split], o)
         except KeyboardInterrupt:
-            print('\nstopped; the same command goes on from its last note, if it came so far')
+            print('\nstopped; the same command resumes from its last note, if it came so far')
             sys.exit(130)
         except (OSError, RuntimeError, MemoryError) as e:
             raise BadInput(f'{" ".join(argv[:split])} cannot be prepared: {e}') from None
 
 
 def run_command(words: list[str], o: Prepare):
-    "Check the folders that are named, or prepare what is, and say what came of it."
+    "Check the named folders, or prepare the named sources, and print the result."
     if words[:1] == ['check'] and len(words) > 1:
         for folder in words[1:]:
             print(verify(folder))
         return
     if not words:
         raise BadInput(
-            f'name what to prepare: one of {", ".join(BUILTIN_DATASETS)}, or files and folders, or a '
+            f'give something to prepare: one of {", ".join(BUILTIN_DATASETS)}, or files and folders, or a '
             'dataset of the hub'
         )
     for word in words:

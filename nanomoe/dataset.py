@@ -108,7 +108,7 @@ def open_shard(path: Path) -> np.ndarray:
             if size != 1024 + int(header[2]) * dtype.itemsize:
                 raise BadInput(f'{path} is damaged: its header says {header[2]} tokens, it holds {held}')
             return np.memmap(path, dtype=dtype, mode='r', offset=1024, shape=(int(header[2]),))
-    raise BadInput(f'{path} is no token file: its header is unknown')
+    raise BadInput(f'{path} is not a token file: its header is unknown')
 
 # %% ../nbs/35_dataset.ipynb #check-ids
 def check_ids(path: Path, ids: np.ndarray, vocab_size: int):
@@ -140,7 +140,7 @@ def dataset_folder(name: str | Path) -> Path:
             return folder
     at = name if Path(name).is_absolute() else f'data/{name}'
     source = name if str(name) in BUILTIN_DATASETS or Path(name).exists() else f'FILE_OR_FOLDER --out {at}'
-    raise BadInput(f'there is no prepared dataset {name}; make it with: python -m nanomoe.data {source}')
+    raise BadInput(f'there is no prepared dataset {name}; create it with: python -m nanomoe.data {source}')
 
 
 def read_manifest(folder: Path) -> dict:
@@ -159,7 +159,7 @@ def read_manifest(folder: Path) -> dict:
     except (KeyError, TypeError, AttributeError, ValueError):
         sound = False
     if not sound:
-        raise BadInput(f'{path} is no manifest of a dataset; prepare it again')
+        raise BadInput(f'{path} is not a dataset manifest; prepare it again')
     if (folder / 'tokenizer.json').exists() and manifest.get('tokenizer') not in (None, digest_of(folder)):
         raise BadInput(
             f'{folder}/tokenizer.json is not the one that the tokens were made with; prepare the dataset '
@@ -237,8 +237,7 @@ def verify(folder: str | Path) -> str:
     if problems:
         raise BadInput('\n'.join(problems))
     return (
-        f'{folder}: {sum(s["tokens"] for s in shards):,} tokens in {len(shards)} files, every byte as '
-        'it was written'
+        f'{folder}: {sum(s["tokens"] for s in shards):,} tokens in {len(shards)} files, all checksums match'
     )
 
 # %% ../nbs/35_dataset.ipynb #token-file

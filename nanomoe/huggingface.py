@@ -125,7 +125,7 @@ def require(config: dict, **allowed):
     "Raise `BadInput` unless each entry has its one value, which is the one that our model has too."
     for name, value in allowed.items():
         if config.get(name, value) != value:
-            raise BadInput(f'{name} must be {value}, as no knob of ours stands for it, got {config[name]}')
+            raise BadInput(f'{name} must be {value}, as no option of ours stands for it, got {config[name]}')
 
 
 def hidden_width(width: int | None, C: int) -> int | None:
@@ -338,7 +338,7 @@ def architecture(cfg: ModelConfig) -> str:
         return name
     hint = '; the preset onboard_modern trains one that has' if name == 'qwen3_moe' else ''
     raise BadInput(
-        f'this model has no equal in transformers; for its {name} it needs ' + ', '.join(wrong) + hint
+        f'cannot export: no transformers architecture matches. For {name}, set ' + ', '.join(wrong) + hint
     )
 
 # %% ../nbs/40_huggingface.ipynb #hf-config
@@ -572,4 +572,4 @@ def check_exportable(model: GPT, tokenizer, folder: Path):
         raise BadInput(f'the tokenizer has {n} entries, more than vocab_size={V}')
     if not folder.exists() or (folder / 'nanomoe').exists() or folder.is_dir() and not any(folder.iterdir()):
         return
-    raise BadInput(f'{folder} holds something else than an earlier export; name another folder')
+    raise BadInput(f'{folder} contains something other than an earlier export; name another folder')

@@ -65,7 +65,7 @@ def sequence_balance_loss(r: Routing, n_rows: int, counted: Tensor | None = None
 
 @torch.no_grad()
 def update_bias(bias: Tensor, counts: Tensor, rate: float):
-    """Move the router's bias (E,) by `rate`, in place: up where an expert got less than a fair share, else
+    """Move the router's bias (E,) by `rate`, in place: up where an expert got less than an even share, else
     down.
 
     Balance without a loss (2408.15664): `counts` (E,) are the choices of a whole step, over all processes.

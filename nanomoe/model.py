@@ -68,7 +68,7 @@ class GPTOutput(NamedTuple):
 class GPT(nn.Module):
     """GPT-2's architecture, pre-norm with a tied head, and experts in every `moe_every`-th block.
 
-    Positions are learnt or rotary. Raises `BadInput` for a configuration that cannot be built.
+    Positions are learned or rotary. Raises `BadInput` for a configuration that cannot be built.
 
     >>> cfg = nanomoe.ModelConfig(vocab_size=100, n_layer=2, n_head=2, n_embd=32, n_experts=4)
     >>> model = nanomoe.GPT(cfg)

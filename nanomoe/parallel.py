@@ -234,7 +234,7 @@ class Watchdog:
     def verdict(self) -> str:
         "Who stands still, or nothing where that is for another process to say."
         end = (
-            f'come on for {self.timeout:.0f} seconds, so all end; the same command goes on from the last '
+            f'come on for {self.timeout:.0f} seconds, so all end; the same command resumes from the last '
             'checkpoint'
         )
         try:
@@ -343,7 +343,7 @@ def wrap_ddp(model: torch.nn.Module, world: DistContext) -> torch.nn.Module:
         return model
     devices = [world.device] if world.device.type == 'cuda' else None
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # torch 2.13 has a new name for the last knob
+        warnings.simplefilter('ignore', FutureWarning)  # torch 2.13 has a new name for the last option
         # all processes move them alike
         return DistributedDataParallel(
             model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False

@@ -159,7 +159,7 @@ def load_model(where: str | Path) -> GPT:
 
 # %% ../nbs/42_pretrained.ipynb #tokenizer-of
 def tokenizer_of(where: str | Path):
-    """The `tiktoken.Encoding` of the text that the weights have learnt from.
+    """The `tiktoken.Encoding` of the text that the weights have learned from.
 
     Raises `BadInput` where none is known.
     """
@@ -184,7 +184,7 @@ def own_tokenizer(where: str | Path):
     if shape.get('model_type', 'gpt2') == 'gpt2' and shape.get('vocab_size', 50257) >= 50257 and not ours:
         return None
     cure = ': it lacks tokenizer.json; copy it from where the weights come from' if kind == 'hf' else ''
-    raise BadInput(f"{where} does not say what its token ids stand for, and they are not GPT-2's{cure}")
+    raise BadInput(f"{where} does not define its token ids, and they are not GPT-2's{cure}")
 
 # %% ../nbs/42_pretrained.ipynb #export
 def export_hf(where: str | Path, out: str | Path) -> float:
@@ -230,9 +230,9 @@ def runs(pid: int) -> bool:
 # %% ../nbs/42_pretrained.ipynb #main
 @dataclass(frozen=True)
 class Export:
-    "Write a model as a folder that transformers loads"
+    "Export a model as a Hugging Face transformers folder"
 
-    to: Literal['hf'] = 'hf'  # what will read it: Hugging Face's transformers
+    to: Literal['hf'] = 'hf'  # target format: Hugging Face transformers
 
 
 def main(argv: list[str] | None = None):
@@ -246,9 +246,7 @@ def main(argv: list[str] | None = None):
         from_command_line(Export, Export(), options, 'pretrained')
         subcommand(words, ('export',), 'pretrained')
         if len(words) != 3:
-            raise BadInput(
-                'say what to export and where to: export RUN DIR, such as export out/modern modern-hf'
-            )
+            raise BadInput('usage: export RUN DIR, such as export out/modern modern-hf')
         gap = export_hf(words[1], words[2])
         print(f'exported    {words[1]} to {words[2]}; the logits of transformers differ by at most {gap:.1e}')
 
@@ -275,12 +273,12 @@ def initial_weights(init_from: str, cfg: ModelConfig, dataset: Path | None = Non
 
 
 def check_tokenizer(init_from: str, dataset: Path):
-    "Raise `BadInput` unless the dataset was tokenized as the text was that these weights have learnt from."
+    "Raise `BadInput` unless the dataset was tokenized as the text was that these weights have learned from."
     own = own_tokenizer(init_from)  # of GPT-2's the digest is enough: nothing is fetched
     known = vocabulary(own) if own else GPT2_VOCABULARY
     if vocabulary(load_tokenizer(dataset)) != known:
         raise BadInput(
-            f'{dataset} has other token ids than the text that {init_from} has learnt from; '
+            f'{dataset} was tokenized with a different vocabulary than {init_from}; '
             'prepare it with the same tokenizer'
         )
 

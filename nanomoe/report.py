@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['read_rows', 'with_bits', 'in_order', 'follow', 'settings_of', 'Samples', 'samples_of', 'read_samples', 'experts_in',
            'text_row', 'experts_figure', 'health_rows', 'health_figure', 'curve_of', 'tabs', 'routed_text', 'img_tag',
-           'table', 'facts', 'report', 'n_experts_of', 'text_sections', 'page', 'Live', 'server', 'is_address',
-           'Picture', 'Watching', 'render', 'watch', 'server_at', 'main']
+           'table', 'details', 'facts', 'report', 'n_experts_of', 'text_sections', 'page', 'Live', 'server',
+           'is_address', 'Picture', 'Watching', 'render', 'watch', 'server_at', 'main']
 
 # %% ../nbs/45_report.ipynb #imports
-import base64, html, ipaddress, json, os, re, socket, sys, threading, time, webbrowser
+import base64, ipaddress, json, os, re, socket, sys, threading, time, webbrowser
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -46,6 +46,7 @@ from nanomoe.viz import (
     load_history,
     loss_curve,
     new_figure,
+    render_html,
     escape_mathtext,
     to_png,
     routed_rows,
@@ -61,7 +62,7 @@ from nanomoe.viz import (
 def read_rows(path: Path) -> list[dict]:
     "The sound lines of a run's log.jsonl, each after the one before; raises `BadInput` when there are none."
     if not path.is_file():
-        raise BadInput(f'{path} does not exist; name the folder of a run')
+        raise BadInput(f'{path} does not exist; give the folder of a run')
     rows = in_order(found := read_log(path))
     if len(rows) < len(found):
         print_status(
@@ -140,7 +141,7 @@ def settings_of(run: Path) -> dict:
 
 # %% ../nbs/45_report.ipynb #samples
 class Samples(NamedTuple):
-    "What samples.jsonl says of a run's held-out texts: N tokens in all, the same at each of S evaluations."
+    "What samples.jsonl says of a run's validation texts: N tokens in all, the same at each of S evaluations."
 
     steps: list[int]  # (S,)
     pieces: list[str]  # (N,)
@@ -231,9 +232,9 @@ def text_row(row: dict, n_experts: int = 2**12) -> dict:
 
 # %% ../nbs/45_report.ipynb #run-figure
 def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
-    """A run's experts on one page: films of the layers, load at the end, and expert × domain.
+    """A run's experts on one page: load over time by layer, load at the end, and expert × domain.
 
-    Of more than four MoE layers, films and domains of four are shown.
+    Of more than four MoE layers, four are shown.
     """
     rows = routed_rows(rows)
     if not rows:
@@ -247,7 +248,7 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
     for i, layer in enumerate(layers):
         load_history(rows, layer, fig.add_subplot(grid[0, i]))
     mean = np.mean([row['load'] for row in rows[-max(len(rows) // 10, 1) :]], 0)
-    load_heatmap(mean, title='load at the end, fair share = 1', ax=fig.add_subplot(grid[1, :]))
+    load_heatmap(mean, title='load at the end (1 = uniform)', ax=fig.add_subplot(grid[1, :]))
     for i, layer in enumerate(layers if last else []):
         specialization(last, layer, fig.add_subplot(grid[2, i]))
     fig.suptitle(
@@ -263,7 +264,7 @@ def health_rows(rows: Sequence[dict]) -> list[dict]:
     return [
         row
         for row in routed_rows(rows)
-        if 'grad_norm' in row and {'busiest', 'entropy', 'margin'} <= row.get('health', {}).keys()
+        if 'grad_norm' in row and {'max_load', 'entropy', 'margin'} <= row.get('health', {}).keys()
     ]
 
 
@@ -273,7 +274,7 @@ def health_figure(rows: Sequence[dict]) -> Figure:
     dots = '.-' if len(rows) < 3 else '-'
     steps, fig = [row['step'] for row in rows], new_figure(7.2, 3)
     charts = {
-        'busiest': 'busiest expert, fair shares',
+        'max_load': 'max load (1 = uniform)',
         'entropy': 'entropy, nats',
         'margin': 'margin of the chosen',
     }
@@ -318,50 +319,66 @@ def curve_of(run: Path, rows: Sequence[dict] | None = None) -> Figure:
 
 # %% ../nbs/45_report.ipynb #tabs
 def tabs(name: str, panes: dict[str, str]) -> str:
-    "HTML panes of which one is seen, chosen by labels above; no script."
-    parts, rules = [], []
-    for i, label in enumerate(panes):
-        parts.append(
-            f'<input type="radio" name="{name}" id="{name}-{i}"{" checked" * (not i)}>'
-            f'<label for="{name}-{i}">{html.escape(label)}</label>'
-        )
-        rules.append(f'#{name}-{i}:checked ~ #{name}-pane-{i} {{ display: block }}')
-    parts += [f'<div class="pane" id="{name}-pane-{i}">{pane}</div>' for i, pane in enumerate(panes.values())]
-    return f'<style>{" ".join(rules)}</style><div class="tabs">{"".join(parts)}</div>'
+    "HTML panes of which one is shown, chosen by labels above; no script."
+    return render_html(
+        """<style>{% for _ in panes -%}
+        #{{ name }}-{{ loop.index0 }}:checked ~ #{{ name }}-pane-{{ loop.index0 }} { display: block }
+        {%- endfor %}</style><div class="tabs">
+        {%- for label in panes -%}
+        <input type="radio" name="{{ name }}" id="{{ name }}-{{ loop.index0 }}"{{ ' checked' if loop.first }}>
+        <label for="{{ name }}-{{ loop.index0 }}">{{ label }}</label>
+        {%- endfor %}
+        {%- for pane in panes.values() -%}
+        <div class="pane" id="{{ name }}-pane-{{ loop.index0 }}">{{ pane|safe }}</div>
+        {%- endfor %}</div>""",
+        name=name,
+        panes=panes,
+    )
 
 
 def routed_text(lines: Sequence[dict], n_experts: int) -> str:
     "HTML of an evaluation's texts, colored by expert, a tab per layer."
 
     def text(line, layer):
-        return f'<p>{html.escape(escape_controls(line["domain"]))}</p>' + colored_text(
+        return colored_text(
             line['pieces'], line['expert_ids'][layer], line['gates'][layer], line['kept'][layer]
         )
 
-    layers = range(len(lines[0]['expert_ids']))
-    panes = {
-        f'layer {layer}': legend(n_experts) + ''.join(text(line, layer) for line in lines) for layer in layers
-    }
-    return tabs('text', panes)
+    def pane(layer):
+        return render_html(
+            '{{ legend|safe }}{% for domain, text in texts %}<p>{{ domain }}</p>{{ text|safe }}{% endfor %}',
+            legend=legend(n_experts),
+            texts=[(line['domain'], text(line, layer)) for line in lines],
+        )
+
+    return tabs('text', {f'layer {layer}': pane(layer) for layer in range(len(lines[0]['expert_ids']))})
 
 # %% ../nbs/45_report.ipynb #sections
 def img_tag(fig: Figure, alt: str) -> str:
     "The figure inside an HTML page, with words in its place for who cannot see it."
-    return (
-        f'<img src="data:image/png;base64,{base64.b64encode(to_png(fig)).decode()}" alt="{html.escape(alt)}">'
+    return render_html(
+        '<img src="data:image/png;base64,{{ png }}" alt="{{ alt }}">',
+        png=base64.b64encode(to_png(fig)).decode(),
+        alt=alt,
     )
 
 
 def table(rows: Sequence[Sequence]) -> str:
-    "HTML table of what can be shown as text; the first column names the rest."
-    cells = [
-        ''.join(
-            f'<t{"dh"[not i]}>{html.escape(escape_controls(str(v)))}</t{"dh"[not i]}>'
-            for i, v in enumerate(row)
-        )
-        for row in rows
-    ]
-    return '<table>' + ''.join(f'<tr>{row}</tr>' for row in cells) + '</table>'
+    "HTML table of anything that can be shown as text; the first column names the rest."
+    return render_html(
+        """<table>{% for row in rows %}<tr>
+        {%- for value in row %}{% set tag = 'th' if loop.first else 'td' -%}
+        <{{ tag }}>{{ value }}</{{ tag }}>
+        {%- endfor %}</tr>{% endfor %}</table>""",
+        rows=rows,
+    )
+
+
+def details(summary: str, body: str) -> str:
+    "HTML that is folded until it is asked for."
+    return render_html(
+        '<details><summary>{{ summary }}</summary>{{ body|safe }}</details>', summary=summary, body=body
+    )
 
 
 def facts(rows: Sequence[dict], settings: dict) -> str:
@@ -376,20 +393,20 @@ def facts(rows: Sequence[dict], settings: dict) -> str:
     if held:
         best = min(held, key=lambda row: row['val_ce'])
         lines.append(
-            ('held out', f'{held[-1]["val_bpb"]:.3f} bits per byte, {held[-1]["val_ce"]:.3f} nats per token')
+            (
+                'validation',
+                f'{held[-1]["val_bpb"]:.3f} bits per byte, {held[-1]["val_ce"]:.3f} nats per token',
+            )
         )
         lines.append(('best', f'{best["val_bpb"]:.3f} bits per byte at step {best["step"]:,}'))
     domains = [
-        (f'held out: {key[8:]}', f'{held[-1][key]:.3f} bits per byte')
+        (f'validation: {key[8:]}', f'{held[-1][key]:.3f} bits per byte')
         for key in (held or [{}])[-1]
         if key.startswith('val_bpb_')
     ]
     if len(domains) <= 12:
         return table(lines + domains)
-    return (
-        table(lines)
-        + f'<details><summary>held out: {len(domains)} domains</summary>{table(domains)}</details>'
-    )
+    return table(lines) + details(f'validation: {len(domains)} domains', table(domains))
 
 # %% ../nbs/45_report.ipynb #report
 def report(run: str | Path) -> str:
@@ -406,13 +423,17 @@ def report(run: str | Path) -> str:
         sections['Health'] = img_tag(health_figure(rows), 'health of the layers')
     if s := read_samples(run, rows):
         sections |= text_sections(s, n_experts_of(s, settings), settings.get('router'))
-    sections['Settings'] = (
-        f'<details><summary>{len(settings)} knobs</summary>{table(settings.items())}</details>'
-    )
-    words = {title: f'<p>{_captions[title]}</p>' if title in _captions else '' for title in sections}
+    sections['Settings'] = details(f'{len(settings)} options', table(settings.items()))
     return page(
         run.resolve().name,
-        ''.join(f'<h2>{title}</h2>{words[title]}{body}' for title, body in sections.items()),
+        render_html(
+            """{% for title, body in sections.items() -%}
+            <h2>{{ title }}</h2>
+            {%- if title in captions %}<p>{{ captions[title] }}</p>{% endif %}{{ body|safe }}
+            {%- endfor %}""",
+            sections=sections,
+            captions=_captions,
+        ),
     )
 
 # %% ../nbs/45_report.ipynb #captions
@@ -424,8 +445,8 @@ _captions = {
     'Loss': 'Bits per byte count the bytes of the text, so runs with other vocabularies compare. Broken '
     'lines: compressors, where the dataset is still there.',
     'Experts': 'Top: shares of all choices, dotted where the borders of equal shares would lie. Below: '
-    'load in fair shares, 1 = fair, 0 = dead, '
-    'over the last tenth of the log, and by kind of held-out text.',
+    'normalized load: 1 = uniform, 0 = dead, '
+    'over the last tenth of the log, and by kind of validation text.',
     'Health': 'Entropy at ln E means a router without opinion; at margin 0 a rounding error changes the '
     'choice.',
     'Text by expert': 'A token has the color of its first choice, paler for a smaller gate, struck '
@@ -460,7 +481,7 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
         names, load = class_load(s.pieces, ids, n_experts)
         labels = [f'{name} ({counts[name]})' for name in names]
         return img_tag(
-            load_heatmap(load, labels, 'tokens in brackets, fair share = 1'), 'expert by kind of token'
+            load_heatmap(load, labels, 'tokens in brackets, 1 = uniform'), 'expert by kind of token'
         )
 
     def favorites(ids):
@@ -489,11 +510,14 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
 # %% ../nbs/45_report.ipynb #page
 def page(title: str, body: str) -> str:
     "A whole HTML page, light or dark as the reader's system is."
-    title = html.escape(escape_controls(title))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width">'
-        f'<title>{title}</title><style>{_style}</style><h1>{title}</h1>{body}</html>'
+    return render_html(
+        """<!doctype html>
+        <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+        <title>{{ title }}</title><style>{{ style|safe }}</style>
+        <h1>{{ title }}</h1>{{ body|safe }}</html>""",
+        title=title,
+        style=_style,
+        body=body,
     )
 
 
@@ -536,9 +560,8 @@ class Live:
             '/log.jsonl to get its first line' if self.run.is_dir() else ', which is not there'
         )
         if path == '/':
-            return 'text/html', page(
-                self.run.resolve().name, _live.replace('WAIT', '' if rows else html.escape(wait))
-            )
+            live = render_html(_live, wait='' if rows else wait)
+            return 'text/html', page(self.run.resolve().name, live)
         if not rows:
             raise BadInput(wait)
         settings, routed, self.n_experts = settings_of(self.run), routed_rows(rows), experts_in(rows)
@@ -562,7 +585,7 @@ class Live:
             return 'application/json', json.dumps(data)
 
 # %% ../nbs/45_report.ipynb #live-page
-_live = """<p>layer of the film: <select id="layer"></select> <span id="state">WAIT</span></p>
+_live = """<p>Layer: <select id="layer"></select> <span id="state">{{ wait }}</span></p>
 <div id="board"></div><div id="facts"></div>
 <h2>Text by expert</h2>
 <div id="text">comes with the first evaluation of a model with experts</div>
@@ -584,7 +607,7 @@ async function look(part) {
 async function again() {
   try { await look('board'); await look('text') }
   catch (e) {
-    at('state').textContent = 'the watcher has ended; this is what it saw last'
+    at('state').textContent = 'Viewer stopped; showing the last state.'
   }
   setTimeout(again, 1000)
 }
@@ -663,7 +686,7 @@ def is_address(host: str) -> bool:
 # %% ../nbs/45_report.ipynb #main
 @dataclass(frozen=True)
 class Picture:
-    "Draw a picture of a run, or of a preset's model, as a PNG file, or a report as an HTML page"
+    "Plot a run or a preset's model as a PNG file, or write a report as an HTML page"
 
     # file to write; None is RUN/experts.png, RUN/curve.png, RUN/report.html or out/PRESET-model.png
     out: str | None = None
@@ -671,15 +694,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Watching:
-    "Show a run in the browser while it goes on"
+    "Watch a run in the browser"
 
-    port: int | None = None  # of the page; None is 8712, or the next free one
-    host: str = '127.0.0.1'  # address to serve at; 0.0.0.0 lets other machines and containers in
+    port: int | None = None  # port to serve on; None is 8712, or the next free one
+    host: str = '127.0.0.1'  # address to serve on; 0.0.0.0 accepts other machines and containers
     open: bool = True  # open the browser
 
 
 def render(kind: str, what: str, out: str | None) -> Path:
-    "Write what the command line asks for; returns the file."
+    "Write the requested file and return its path."
     run = resolve(what)
     if kind == 'model' and what not in PRESETS:
         raise BadInput(f'there is no preset {what}{nearest(what, PRESETS)}')
@@ -708,7 +731,7 @@ def watch(run: str | Path, port: int | None = None, open: bool = True, host: str
     "Serve a page that shows the run as it goes on, until Ctrl-C; it may be there before the run is."
     folder = resolve(run)
     if folder.is_file():
-        raise BadInput(f'{escape_controls(str(run))} is a file; name the folder of a run')
+        raise BadInput(f'{escape_controls(str(run))} is a file; give the folder of a run')
     with server_at(run, port, host) as http:
         here, n = host in ('127.0.0.1', 'localhost', '0.0.0.0', '::', '::1'), http.server_port
         at = 'localhost' if here else f'[{host}]' if ':' in host else host
@@ -751,17 +774,17 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
         kind = subcommand(argv, ('experts', 'curve', 'report', 'watch', 'model'), 'viz')
-        knobs = Watching() if kind == 'watch' else Picture()
+        options = Watching() if kind == 'watch' else Picture()
         asks = [word for word in argv if word in ('-h', '--help', '--version')]
-        knobs = from_command_line(type(knobs), knobs, asks or argv[2:], 'viz')
+        options = from_command_line(type(options), options, asks or argv[2:], 'viz')
         if len(argv) < 2 or argv[1].startswith('-'):
             raise BadInput(f'name the {"preset" if kind == "model" else "run"} to show')
         if kind == 'watch':
-            watch(argv[1], knobs.port, knobs.open, knobs.host)
+            watch(argv[1], options.port, options.open, options.host)
         else:
             print(
                 f'{"report" if kind == "report" else "picture":11} '
-                f'{escape_controls(str(render(kind, argv[1], knobs.out)))}'
+                f'{escape_controls(str(render(kind, argv[1], options.out)))}'
             )
 
 

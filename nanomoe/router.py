@@ -125,7 +125,7 @@ class ExpertChoiceRouter(TopKRouter):
     """
 
     def n_taken(self, N: int) -> int:
-        "Tokens each expert takes: `capacity_factor` fair shares of N·K choices, 1 to N."
+        "Tokens each expert takes: `capacity_factor` even shares of N·K assignments, 1 to N."
         factor = self.cfg.capacity_factor if self.training else self.cfg.eval_capacity_factor
         return min(max(even_shares(factor, self.cfg.top_k * N, self.cfg.n_experts), 1), N)
 

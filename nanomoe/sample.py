@@ -78,7 +78,7 @@ def generate(
     """Continue the rows idx (B, T), a token each per step.
 
     Ids from `n_vocab` on, which the tokenizer lacks, never come. With the cache each step reads only the
-    newest token; once `block_size` positions are full, each reads the last `block_size` anew, because learnt
+    newest token; once `block_size` positions are full, each reads the last `block_size` anew, because learned
     positions cannot be shifted. Where `eval_capacity_factor` makes queues, a single token always finds room:
     with the cache the text is another. Only the last position goes through the head. With `compile`, steps of
     one token run compiled, on CUDA as one CUDA graph.
@@ -194,20 +194,20 @@ def unescaped(text: str) -> str:
 # %% ../nbs/10_sample.ipynb #main
 @dataclass(frozen=True)
 class Sampling:
-    "Let a trained run write"
+    "Generate text from a trained model"
 
     start: str = ''  # text to continue
     start_file: str | None = None  # file with the text to continue
-    domains: bool = False  # continue the beginning of each domain's held-out text, as the run wrote it down
-    num_samples: int = 1  # texts to write, side by side
+    domains: bool = False  # continue the beginning of each domain's validation text
+    num_samples: int = 1  # texts to generate
     max_new_tokens: int = 200  # tokens per text
     stop: tuple[
         str, ...
     ] = ()  # end a text before one of these; \n is a line break, <|endoftext|> a document's end
-    temperature: float = 0.8  # below 1 sharpens, 0 always takes the likeliest token
-    top_k: int | None = 200  # only the k likeliest tokens; None for all
-    top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    seed: int = 1337  # of the draws
+    temperature: float = 0.8  # below 1 sharpens the distribution, 0 is greedy decoding
+    top_k: int | None = 200  # sample from the k most likely tokens; None is all
+    top_p: float = 1.0  # sample from the most likely tokens that together have this probability
+    seed: int = 1337  # random seed for sampling
     device: str = 'auto'  # auto, cpu, cuda, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # compute dtype; auto: bfloat16 on CUDA
 
@@ -257,7 +257,7 @@ def generate_texts(model: GPT, tokenizer, idx: Tensor, s: Sampling) -> Iterator[
 
 # %% ../nbs/10_sample.ipynb #sample-main
 def beginnings(run: str | Path, tokenizer, length: int = 24) -> dict[str, str]:
-    """The first tokens of each domain's held-out text, from samples.jsonl of a run.
+    """The first tokens of each domain's validation text, from samples.jsonl of a run.
 
     Raises `BadInput` where it has none.
     """
@@ -265,7 +265,7 @@ def beginnings(run: str | Path, tokenizer, length: int = 24) -> dict[str, str]:
     rows = [row for _, row in log_lines(folder / 'samples.jsonl') if {'domain', 'ids'} <= row.keys()]
     if not rows:
         raise BadInput(
-            f'domains needs the held-out texts of a run, and {folder} holds no samples.jsonl with any'
+            f'domains needs the validation text of a run, and {folder} holds no samples.jsonl with any'
         )
     return {
         row['domain']: tokenizer.decode([i for i in row['ids'] if i != tokenizer.eot_token][:length])
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None):
         check_sampling(s)
         if run is None:
             raise BadInput(
-                'name the folder of a run, such as out/onboard; gpt2; a folder of transformers; a ckpt.pt'
+                'give the folder of a run, such as out/onboard; gpt2; a folder of transformers; a ckpt.pt'
             )
         if sum(word.split('=')[0] == '--stop' for word in argv) > 1:
             raise BadInput('stop takes all its texts at once, --stop A B, got --stop twice')

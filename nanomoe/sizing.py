@@ -93,7 +93,7 @@ def dry_run(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> str:
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model_cfg.block_size
     model_cfg, data = expected_data(model_cfg, cfg.dataset, tokens * cfg.max_iters)
     total, active = total_active(model_cfg)
-    lines = [f'model       {total:,} parameters, of which one token meets {active:,}', f'data        {data}']
+    lines = [f'model       {total:,} parameters, {active:,} active per token', f'data        {data}']
     if cfg.eval_only:
         lines += ['batch       none: with eval_only a run evaluates once and trains nothing']
     else:

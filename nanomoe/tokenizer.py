@@ -68,7 +68,7 @@ def tiktoken_encoding(
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int):
-    """`bpe` and `chars` are learnt from the texts, `bytes` from nothing.
+    """`bpe` and `chars` are learned from the texts, `bytes` from nothing.
 
     Else a folder's, such as a run's, or one of tiktoken's.
     """
@@ -81,7 +81,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int):
         for text in texts:
             characters.update(text)
         if not characters:
-            raise BadInput('chars are learnt from text, got none')
+            raise BadInput('chars are learned from text, got none')
         return tiktoken_encoding(
             'chars', r'[\s\S]', {ch.encode(): i for i, ch in enumerate(sorted(characters))}
         )

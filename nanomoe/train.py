@@ -322,7 +322,7 @@ class TrainStep(RunState):
         usual, self.spike_detector = self.spike_detector, self.spike_detector.after(ce)
         if self.spike_detector.spikes > usual.spikes and self.world.first:
             print_status(
-                f'step {self.step}: the loss leapt to {ce:.3f} from {usual.mean:.3f} ± {usual.spread:.3f}',
+                f'step {self.step}: the loss jumped to {ce:.3f} from {usual.mean:.3f} ± {usual.spread:.3f}',
                 sys.stderr,
             )
 
@@ -374,15 +374,17 @@ def check_same_run(found: checkpoint.Checkpoint, run: RunState):
         )
     if not isinstance(found.meta['config'], dict):
         raise BadInput(f'{found.path} holds no settings; use another --out_dir')
-    before = to_dict(ModelConfig(), TrainConfig()) | found.meta['config']  # defaults of knobs it did not know
+    before = (
+        to_dict(ModelConfig(), TrainConfig()) | found.meta['config']
+    )  # defaults of options it did not know
     now = to_dict(run.model_cfg, run.cfg)
-    knobs = {*dataclasses.asdict(run.model_cfg), 'optimizer', 'seed', 'init_from'} - set(
+    options = {*dataclasses.asdict(run.model_cfg), 'optimizer', 'seed', 'init_from'} - set(
         allowed_changes(run.cfg)
     )
     changed = [
         f'{name}={before[name]} (asked for {now[name]})'
         for name in before
-        if name in knobs and before[name] != now[name]
+        if name in options and before[name] != now[name]
     ]
     if per_step(before) != per_step(now):
         changed.append(
@@ -427,7 +429,7 @@ class Checkpoints(TrainStep):
             check_same_run(found, self)
         elif checkpoint.steps(folder):
             raise BadInput(
-                f'{folder} holds checkpoints, but none can be read; remove them to start anew, '
+                f'{folder} holds checkpoints, but none can be read; remove them to start over, '
                 'or use another --out_dir'
             )
         return found
@@ -455,7 +457,7 @@ class Checkpoints(TrainStep):
                 raise TypeError('a count that is none')
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             raise BadInput(
-                f'{found.path} cannot be continued from ({type(e).__name__}: {str(e).splitlines()[0]})'
+                f'{found.path} cannot be resumed from ({type(e).__name__}: {str(e).splitlines()[0]})'
             ) from None
 
     def save_checkpoint(self, halt: bool):
@@ -477,7 +479,7 @@ class Checkpoints(TrainStep):
         limit = self.cfg.hang_timeout / 2 or None  # the others wait meanwhile
         if not halt and futures.wait([self.saver.writing], limit).not_done:
             print_status(
-                f'step {self.step}: the checkpoint before is still being written, so this one is left out',
+                f'step {self.step}: the checkpoint before is still being written, so this one is skipped',
                 sys.stderr,
             )
             return
@@ -522,7 +524,7 @@ class Checkpoints(TrainStep):
     def wait_for_checkpoint(self) -> bool:
         """Wait until the newest checkpoint is on disk.
 
-        Says so where it could not be written, and the run goes on.
+        Says so where it could not be written, and the run continues.
         """
         while not self.saver.writing.done():
             self.world.tick()
@@ -549,12 +551,13 @@ class Checkpoints(TrainStep):
         good = [path for path in there if checkpoint.step_of(path) < began]
         if not good:
             return (
-                f'{self.out_dir} holds no checkpoint from before that; with another rate, begin in another '
+                f'{self.out_dir} holds no checkpoint from before that; with another learning rate, use '
+                'another '
                 '--out_dir'
             )
         for path in there[len(good) :] if self.world.first else []:
             path.rename(f'{path}-diverged')
-        return f'the same command goes on from {good[-1]}, best with a lower learning_rate'
+        return f'the same command resumes from {good[-1]}, best with a lower learning_rate'
 
     def claim_folder(self):
         "Make the run's folder, hold it, and write what its readers need."
@@ -572,7 +575,7 @@ class Checkpoints(TrainStep):
             if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.out_dir / '.lock')):
                 return
         print_status(
-            f'{self.out_dir} was deleted or renamed; it is made anew, and the run goes on', sys.stderr
+            f'{self.out_dir} was deleted or renamed; it is made anew, and the run continues', sys.stderr
         )
         self.lock.close()
         self.claim_folder()
@@ -580,7 +583,7 @@ class Checkpoints(TrainStep):
 # %% ../nbs/09_train.ipynb #samples
 @torch.no_grad()
 def routed_text(run: RunState, length: int = 128) -> Iterator[dict]:
-    """The beginning of each domain's held-out text and where each layer sent its pieces, as lines of
+    """The beginning of each domain's validation text and where each layer sent its pieces, as lines of
     samples.jsonl.
     """
     tokenizer, n = load_tokenizer(run.val.folder), min(length, run.model_cfg.block_size)
@@ -667,7 +670,9 @@ class Trainer(Checkpoints):
         return record
 
     def validate(self, everything: bool) -> dict:
-        "Validation figures on the whole held-out text, or on the fixed choice of `eval_iters` micro-batches."
+        """Validation figures on the whole validation text, or on the fixed choice of `eval_iters`
+        micro-batches.
+        """
         T, B = self.model_cfg.block_size, self.cfg.batch_size
         n = len(self.val) if everything else self.cfg.eval_iters * B
         starts = sample_sequences(self.val, T, n)
@@ -726,7 +731,7 @@ class Trainer(Checkpoints):
         if not written and not isinstance(sys.exc_info()[1], BadInput):  # which says what is wrong
             raise RuntimeError(
                 f'the end of the run could not be written; make room on the disk of {self.out_dir}, and the '
-                'same command goes on from the newest checkpoint there'
+                'same command resumes from the newest checkpoint there'
             )
 
 # %% ../nbs/09_train.ipynb #train
@@ -806,7 +811,7 @@ __getattr__ = moved('optim', 'metrics', 'dataset')  # for names imported from he
 def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:
     "One line that says how the run is doing."
     loads = [[n / max(sum(layer), 1) for n in layer] for layer in r.load]
-    experts = f'busiest expert {max(map(max, loads)):.0%}  dropped {r.drop_rate:.1%}  ' if loads else ''
+    experts = f'max load {max(map(max, loads)):.0%}  dropped {r.drop_rate:.1%}  ' if loads else ''
     # seconds
     left = round((time.perf_counter() - started) / max(r.step - first, 1) * (cfg.max_iters - r.step))
     left = f'{left // 60}:{left % 60:02} left' if r.step > first else ''  # unknown before a second line
@@ -815,7 +820,7 @@ def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:
         f'{r.tok_per_s:,.0f} tok/s  {experts}{left}'
     )
     return line + (
-        f'  | held out: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else ''
+        f'  | validation: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else ''
     )
 
 
@@ -832,7 +837,7 @@ def heading(run: Trainer, given: list[str] = ()) -> str:
     cfg, (total, active) = run.cfg, n_params(run.model)
     passes, processes = run.tokens_per_step * cfg.max_iters / len(run.data), run.world.size
     lines = [
-        f'model       {total:,} parameters, of which one token meets {active:,}',
+        f'model       {total:,} parameters, {active:,} active per token',
         f'data        {run.data.folder}: {len(run.data):,} tokens to train on',
         f'batch       {run.tokens_per_step:,} tokens per step; {cfg.max_iters:,} steps are '
         f'{passes:.2g} times the data',
@@ -852,9 +857,9 @@ def heading(run: Trainer, given: list[str] = ()) -> str:
         if name != 'out_dir' and before[name] != now[name]
     ]
     goes_on = (
-        f'continued from step {run.step}'
+        f'resumed from step {run.step}'
         if run.step < cfg.max_iters
-        else f'at step {run.step} of {cfg.max_iters} already; to train on, give a larger --max_iters'
+        else f'at step {run.step} of {cfg.max_iters} already; to train further, use a larger --max_iters'
     )
     return '\n'.join(
         [*lines, f'            {goes_on}' + (f'; changed: {", ".join(changed)}' if changed else '')]
@@ -871,7 +876,7 @@ def summary(out_dir: Path, data: TokenDataset, newest: Record | None = None) -> 
         gzip, xz = (8 * entry[f'{name}_bytes'] / entry['bytes'] for name in ('gzip', 'xz'))
         lines += [
             f'compressors gzip -9 {gzip:.4f}, xz -9 {xz:.4f} bits per byte, '
-            f'on all {entry["bytes"]:,} held-out bytes'
+            f'on all {entry["bytes"]:,} validation bytes'
         ]
     if saved:
         lines += [f'checkpoint  {os.path.relpath(saved[-1])}']
@@ -882,8 +887,8 @@ def validation_lines(row: dict, entry: dict) -> list[str]:
     "The lines about an evaluation, given its log line and the split's entry in the manifest."
     covered = 'the whole' if row['val_tokens'] == entry['tokens'] - 1 else 'a part of the'
     lines = [
-        f'held out    ce {row["val_ce"]:.4f} nats per token, {row["val_bpb"]:.4f} bits per byte, '
-        f'on {covered} held-out text: {row["val_bytes"]:,} bytes, step {row["step"]}'
+        f'validation  ce {row["val_ce"]:.4f} nats per token, {row["val_bpb"]:.4f} bits per byte, '
+        f'on {covered} validation text: {row["val_bytes"]:,} bytes, step {row["step"]}'
     ]
     domains = [
         f'{name} {row[f"val_bpb_{name}"]:.3f}' for name in entry['domains'] if f'val_bpb_{name}' in row
@@ -892,7 +897,7 @@ def validation_lines(row: dict, entry: dict) -> list[str]:
 
 # %% ../nbs/09_train.ipynb #command
 def main(argv: list[str] | None = None):
-    "`python -m nanomoe.train [PRESET | run.toml | config.json] --knob value …`, alone or under torchrun."
+    "`python -m nanomoe.train [PRESET | run.toml | config.json] --option value …`, alone or under torchrun."
     code = 1
     try:
         with one_sentence():

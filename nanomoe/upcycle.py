@@ -15,10 +15,12 @@ from .model import GPT, moe_layers
 
 # %% ../nbs/41_upcycle.ipynb #check-alike
 def check_alike(have: ModelConfig, cfg: ModelConfig, source: str):
-    "Raise `BadInput` for a knob that changes what the weights of `source` compute and that no shape shows."
-    for knob in ('n_head', 'activation', 'positions', 'norm'):
-        if getattr(have, knob) != getattr(cfg, knob):
-            raise BadInput(f'{knob} must be {getattr(have, knob)} as in {source}, got {getattr(cfg, knob)}')
+    "Raise `BadInput` for a option that changes what the weights of `source` compute and that no shape shows."
+    for option in ('n_head', 'activation', 'positions', 'norm'):
+        if getattr(have, option) != getattr(cfg, option):
+            raise BadInput(
+                f'{option} must be {getattr(have, option)} as in {source}, got {getattr(cfg, option)}'
+            )
 
 # %% ../nbs/41_upcycle.ipynb #check-upcycling
 def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
@@ -29,9 +31,9 @@ def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
         if not ok:
             raise BadInput(f'{rule}, got {got}')
 
-    for knob in ('n_layer', 'n_embd', 'bias'):
-        have, wanted = getattr(dense, knob), getattr(cfg, knob)
-        need(have == wanted, f'{knob} must be {have} as in the dense model', wanted)
+    for option in ('n_layer', 'n_embd', 'bias'):
+        have, wanted = getattr(dense, option), getattr(cfg, option)
+        need(have == wanted, f'{option} must be {have} as in the dense model', wanted)
     need(
         cfg.n_shared_experts == 0, 'n_shared_experts must be 0 for experts made of MLPs', cfg.n_shared_experts
     )
@@ -42,9 +44,9 @@ def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
         cfg.d_ff,
     )
     need(width % F == 0, f"expert_width must divide the dense model's {width}", F)
-    for knob in ('n_experts', 'top_k'):
-        value, rule = getattr(cfg, knob), f"{width // F}, the slices of {F} in the dense model's {width}"
-        need(value % (width // F) == 0, f'{knob} must be a multiple of {rule}', value)
+    for option in ('n_experts', 'top_k'):
+        value, rule = getattr(cfg, option), f"{width // F}, the slices of {F} in the dense model's {width}"
+        need(value % (width // F) == 0, f'{option} must be a multiple of {rule}', value)
     need(
         width == F or cfg.router == 'softmax' and cfg.router_float32,
         'slices need router=softmax and router_float32=True',

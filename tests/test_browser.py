@@ -215,8 +215,8 @@ def by_keyboard(page, cell):
 
 def by_mouse(page, cell):
     "Drag the first slider to the far end of its track."
-    track, knob = (cell.locator(part).first.bounding_box() for part in ('.noUi-base', '.noUi-handle'))
-    x, y = knob['x'] + knob['width'] / 2, knob['y'] + knob['height'] / 2
+    track, option = (cell.locator(part).first.bounding_box() for part in ('.noUi-base', '.noUi-handle'))
+    x, y = option['x'] + option['width'] / 2, option['y'] + option['height'] / 2
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(
@@ -299,9 +299,7 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
         assert page.evaluate(OVERHANGING) == []
         watch.send_signal(signal.SIGINT)
         assert watch.wait(20) == 0
-        wait_for(
-            lambda: 'the watcher has ended' in page.locator('#state').inner_text(), 'silent about its end'
-        )
+        wait_for(lambda: 'Viewer stopped' in page.locator('#state').inner_text(), 'silent about its end')
         assert page.locator('#board svg').count() == 3 and errors == []
         boards = [at for at, url in asked if '/board' in url]
         assert len(boards) / (boards[-1] - boards[0]) < 4  # questions a second

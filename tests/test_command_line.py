@@ -36,8 +36,8 @@ def said(program, argv: list[str], capsys) -> tuple[int, str]:
 BAD = {
     'more choices than experts': (train, 'tiny --top_k 9', 'top_k must be between 1 and n_experts=4, got 9'),
     'no choices': (train, 'tiny --top_k=0', 'top_k must be between 1 and n_experts=4, got 0'),
-    'misspelt knob': (train, 'tiny --n_embed 3', 'there is no option --n_embed; did you mean n_embd?'),
-    'unknown knob': (train, 'tiny --quux 3', 'there is no option --quux'),
+    'misspelt option': (train, 'tiny --n_embed 3', 'there is no option --n_embed; did you mean n_embd?'),
+    'unknown option': (train, 'tiny --quux 3', 'there is no option --quux'),
     'renamed option': (
         train,
         'tiny --gates all',
@@ -81,7 +81,8 @@ BAD = {
     'missing dataset': (
         train,
         'tiny --dataset nowhere',
-        'no prepared dataset nowhere; make it with: python -m nanomoe.data FILE_OR_FOLDER --out data/nowhere',
+        'no prepared dataset nowhere; create it with: python -m nanomoe.data FILE_OR_FOLDER --out '
+        'data/nowhere',
     ),
     'dataset not prepared yet': (
         train,
@@ -112,7 +113,7 @@ BAD = {
     'unknown backend': (train, 'tiny --backend foo', 'backend must be auto, or one that this torch has'),
     'missing file': (train, 'nowhere.toml', 'nowhere.toml cannot be read: No such file or directory'),
     'missing weights': (train, 'tiny --init_from out/nowhere', 'out/nowhere holds no checkpoint'),
-    'nothing to prepare': (data, '', 'name what to prepare'),
+    'nothing to prepare': (data, '', 'give something to prepare'),
     'missing source': (data, 'nowhere.txt', 'nowhere.txt does not exist'),
     'unknown tokenizer': (
         data,
@@ -172,13 +173,13 @@ BAD = {
     ),
     'all held out': (
         data,
-        '{bad}/latin.txt --held_out 1 --out {tmp}/x',
-        'held_out must be between 0 and 1, got 1.0',
+        '{bad}/latin.txt --val_fraction 1 --out {tmp}/x',
+        'val_fraction must be between 0 and 1, got 1.0',
     ),
     'a share of numbers': (
         data,
-        'numbers --held_out 0.2 --out {tmp}/x',
-        'text_column, domain_column and held_out belong to other text than numbers',
+        'numbers --val_fraction 0.2 --out {tmp}/x',
+        'text_column, domain_column and val_fraction belong to other text than numbers',
     ),
     'no tokens': (data, 'numbers --max_tokens 0 --out {tmp}/x', 'max_tokens must be at least 1, got 0'),
     'token files of one split': (
@@ -187,7 +188,11 @@ BAD = {
         'token files must have train or val in their names',
     ),
     'data folder in a file': (data, 'numbers --out {bad}/empty.txt/x', 'empty.txt/x cannot be written: '),
-    'data folder of others': (data, 'numbers --out {bad}', 'holds something else than a prepared dataset'),
+    'data folder of others': (
+        data,
+        'numbers --out {bad}',
+        'contains something other than a prepared dataset',
+    ),
     'short text': (
         train,
         'tiny --dataset {bad}/short',
@@ -202,7 +207,7 @@ BAD = {
     'raw numbers': (
         train,
         'tiny --dataset {bad}/raw',
-        'numbers_train_000000.bin is no token file: its header is unknown',
+        'numbers_train_000000.bin is not a token file: its header is unknown',
     ),
     'changed manifest': (
         train,
@@ -249,8 +254,8 @@ BAD = {
     ),
     'nothing to draw': (report, 'experts', 'name the run to show'),
     'nowhere to watch at': (report, 'watch out/nowhere --port=-1', 'port -1 of 127.0.0.1 cannot be used'),
-    'nothing to report': (report, 'report out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
-    'no log': (report, 'experts out/nowhere', 'log.jsonl does not exist; name the folder of a run'),
+    'nothing to report': (report, 'report out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
+    'no log': (report, 'experts out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
 }
 
 
@@ -552,7 +557,7 @@ def test_nanogpts_spelling_of_flags():
         ('json', '{"preset": "tiny", "max_iters": 7, "bias": true}'),
     ],
 )
-def test_files_of_knobs(tmp_path, suffix, text):
+def test_files_of_options(tmp_path, suffix, text):
     path = tmp_path / f'run.{suffix}'
     path.write_text(text)
     model, run = parse([str(path), '--n_layer=1'])
@@ -589,7 +594,7 @@ def test_a_dense_run_does_not_speak_of_experts(tmp_path, capsys):
             ]
         )
         line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('step 1/1'))
-        assert ('busiest expert' in line) == ('dropped' in line) == (n_experts > 1), line
+        assert ('max load' in line) == ('dropped' in line) == (n_experts > 1), line
 
 
 def test_a_start_says_what_it_does_and_what_it_continues(tmp_path, capsys):
@@ -612,8 +617,8 @@ def test_a_start_says_what_it_does_and_what_it_continues(tmp_path, capsys):
         and 'continued' not in first
     )
     assert 'left' not in next(line for line in first.splitlines() if line.startswith('step 1/2'))
-    assert 'at step 2 of 2 already; to train on, give a larger --max_iters' in said('--max_iters=2')
-    assert 'continued from step 2; changed: learning_rate 0.003 -> 0.001, max_iters 2 -> 3' in said(
+    assert 'at step 2 of 2 already; to train further, use a larger --max_iters' in said('--max_iters=2')
+    assert 'resumed from step 2; changed: learning_rate 0.003 -> 0.001, max_iters 2 -> 3' in said(
         '--max_iters=3', '--learning_rate=1e-3'
     ).replace(
         'max_iters 2 -> 3, learning_rate 0.003 -> 0.001', 'learning_rate 0.003 -> 0.001, max_iters 2 -> 3'
@@ -661,7 +666,7 @@ def test_names_of_other_trainers_get_a_suggestion(word, meant, capsys):
 
 def test_a_forgotten_hyphen(capsys):
     for word in ('max_iters=5', '-max_iters=5', '—max_iters=5', '–max_iters=5'):
-        assert said(train, ['tiny', word], capsys) == (2, 'an option begins with two hyphens: --max_iters=5')
+        assert said(train, ['tiny', word], capsys) == (2, 'an option starts with two hyphens: --max_iters=5')
 
 
 @pytest.mark.parametrize('name', PRESETS)

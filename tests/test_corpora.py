@@ -30,7 +30,7 @@ from nanomoe.corpora import (
     file_documents,
     hub_documents,
     hub_source,
-    is_held_out,
+    in_val_split,
     nanogpts_split,
     numbers_documents,
 )
@@ -118,7 +118,7 @@ def test_tokens_are_those_of_tiktoken_document_by_document(corpus, texts, tmp_pa
     for split in ('train', 'val'):
         wanted = []
         for i, text in enumerate(texts):
-            if is_held_out(text) == (split == 'val'):
+            if in_val_split(text) == (split == 'val'):
                 wanted += [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
         assert tokens(tmp_path / 'made', split) == wanted
 
@@ -242,7 +242,7 @@ def test_another_job_does_not_go_on_from_the_notes_of_one(corpus, tmp_path, noti
 
 PEAK = """
 import resource, sys, nanomoe.data as data
-data.compressed = lambda *args: {}                  # gzip and xz hold the held-out text
+data.compressed = lambda *args: {}                  # gzip and xz hold the validation text
 data.prepare(sys.argv[1], sys.argv[2], 'bytes')
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -289,7 +289,7 @@ def test_a_part_of_a_known_corpus_is_refused(corpus, texts, tmp_path, monkeypatc
 
 
 def test_a_network_that_breaks_off(corpus, tmp_path, monkeypatch, noting):
-    "What was noted stays, and the same command goes on."
+    "What was noted stays, and the same command resumes."
     fail = [True]
 
     class Rows:
@@ -303,15 +303,15 @@ def test_a_network_that_breaks_off(corpus, tmp_path, monkeypatch, noting):
 
     monkeypatch.setattr(corpora, 'saved_rows', lambda path: (Rows(), 'version'))
     with pytest.raises(
-        BadInput, match=r'broke off after 33 documents \(ConnectionError\); the same command goes on'
+        BadInput, match=r'broke off after 33 documents \(ConnectionError\); the same command resumes'
     ):
-        data.prepare(str(corpus / 'saved'), tmp_path / 'out', 'bytes', held_out=0.2)
+        data.prepare(str(corpus / 'saved'), tmp_path / 'out', 'bytes', val_fraction=0.2)
     assert (tmp_path / '.out.part' / 'progress.json').exists()
     fail[0] = False
     assert (
         sum(
             e['documents']
-            for e in data.prepare(str(corpus / 'saved'), tmp_path / 'out', 'bytes', held_out=0.2)[
+            for e in data.prepare(str(corpus / 'saved'), tmp_path / 'out', 'bytes', val_fraction=0.2)[
                 'splits'
             ].values()
         )
@@ -345,7 +345,7 @@ def test_token_files_of_others_are_read_as_they_are(corpus, tmp_path):
                 ours.manifest['splits'][split]['documents'] == theirs.manifest['splits'][split]['documents']
             )
         assert all(p.is_symlink() for p in (tmp_path / f'{name} read').glob('*.bin'))
-        assert verify(tmp_path / f'{name} read').endswith('every byte as it was written')
+        assert verify(tmp_path / f'{name} read').endswith('all checksums match')
     assert list(TokenDataset(tmp_path / 'llmc read', 'train').domains) == ['pages'] and list(
         TokenDataset(tmp_path / 'nanogpt read', 'train').domains
     ) == ['nanogpt']
@@ -487,7 +487,7 @@ def test_nothing_of_the_users_is_replaced(corpus, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / 'made').iterdir()} == before | {'notes.txt': b'mine'}
     (tmp_path / '.other.part').mkdir()
     (tmp_path / '.other.part' / 'mine.txt').write_text('mine')
-    with pytest.raises(BadInput, match='holds something else than an unfinished dataset'):
+    with pytest.raises(BadInput, match='contains something other than an unfinished dataset'):
         data.prepare(str(corpus / 'pages.txt'), tmp_path / 'other', 'bytes')
     assert (tmp_path / '.other.part' / 'mine.txt').exists()
 
@@ -524,7 +524,9 @@ def test_a_single_book_beside_many_pages_is_trained_on(corpus, tmp_path):
     )
     (tmp_path / 'empty.txt').write_text('')
     for share in (None, 0.3, 0.0001):  # of the one document; a character at least
-        split = data.prepare(str(tmp_path / 'book7.txt'), tmp_path / 'one', 'bytes', held_out=share)['splits']
+        split = data.prepare(str(tmp_path / 'book7.txt'), tmp_path / 'one', 'bytes', val_fraction=share)[
+            'splits'
+        ]
         size = (tmp_path / 'book7.txt').stat().st_size
         assert (
             split['train']['bytes'] == min(int(size * (1 - (share or 0.1))), size - 1)
@@ -549,7 +551,7 @@ def test_links_and_patterns(corpus, tmp_path):
         and domain_of(tmp_path / 'a') == 'a'
     )
     (tmp_path / 'a' / 'gone.txt').symlink_to(tmp_path / 'nowhere')
-    with pytest.raises(BadInput, match='gone.txt is no file that can be read'):
+    with pytest.raises(BadInput, match='gone.txt is not a readable file'):
         list(file_documents(tmp_path / 'a'))
 
 
@@ -567,7 +569,7 @@ def test_a_changed_dataset_is_not_mixed_with_the_old(texts, tmp_path, noting):
     assert (tmp_path / '.out.part' / 'progress.json').exists()
     shutil.rmtree(tmp_path / 'saved')
     datasets.Dataset.from_dict({'text': ['new ' + text for text in texts]}).save_to_disk(tmp_path / 'saved')
-    data.prepare(str(tmp_path / 'saved'), tmp_path / 'out', 'bytes', held_out=0.1)
+    data.prepare(str(tmp_path / 'saved'), tmp_path / 'out', 'bytes', val_fraction=0.1)
     whole = (
         bytes(i if i < 256 else 0 for split in ('train', 'val') for i in tokens(tmp_path / 'out', split))
         .decode()
@@ -593,7 +595,7 @@ def test_a_document_is_noted_with_both_its_parts_or_not_at_all(at, texts, tmp_pa
 
     # `bytes` learns nothing and reads nothing
     monkeypatch.setattr(data, 'take_chars', lambda pieces, limit: iter(()))
-    source = Source('pages', documents, held_out=lambda name: False)
+    source = Source('pages', documents, is_val=lambda name: False)
     with pytest.raises(KeyboardInterrupt):
         data.write_dataset([source], tmp_path / 'out', 'bytes')
     data.write_dataset([source], tmp_path / 'out', 'bytes')
@@ -731,9 +733,9 @@ def test_exact_copies_stay_on_one_side_of_the_split(tmp_path):
     texts = [f'page {i % 30} of many\n' * 20 for i in range(300)]  # each ten times, under ten names
     for i, text in enumerate(texts):
         (tmp_path / 'texts' / f'{i}.md').write_text(text)
-    data.prepare(str(tmp_path / 'texts'), tmp_path / 'made', 'bytes', held_out=0.3)
-    learnt, held_out = (pages_of(tmp_path / 'made', split) for split in ('train', 'val'))
-    assert learnt and held_out and not learnt & held_out and len(learnt | held_out) == 30
+    data.prepare(str(tmp_path / 'texts'), tmp_path / 'made', 'bytes', val_fraction=0.3)
+    learned, held_out = (pages_of(tmp_path / 'made', split) for split in ('train', 'val'))
+    assert learned and held_out and not learned & held_out and len(learned | held_out) == 30
 
 
 def pages_of(folder, split) -> set[str]:
@@ -824,10 +826,10 @@ def test_a_kill_while_a_dataset_replaces_another_loses_neither(corpus, tmp_path,
 
                 patched.setattr(module, name, one)
             try:
-                data.prepare(source, folder, 'bytes', held_out=0.1 + n / 100)
+                data.prepare(source, folder, 'bytes', val_fraction=0.1 + n / 100)
             except Killed:
                 pass
-        data.prepare(source, folder, 'bytes', held_out=0.1 + n / 100)
+        data.prepare(source, folder, 'bytes', val_fraction=0.1 + n / 100)
         assert 'every byte' in verify(folder) and [p.name for p in tmp_path.iterdir()] == ['made'], n
 
 

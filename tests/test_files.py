@@ -264,13 +264,13 @@ def test_fuzzed_configurations(tmp_path, seed, soak):
         parse([str(tmp_path / name)])
 
     as_json = st.builds(lambda tree: json.dumps(tree).encode(), rewritten(KNOBS))
-    knob = st.dictionaries(st.sampled_from(field_names()), anything, min_size=1, max_size=2).map(
+    option = st.dictionaries(st.sampled_from(field_names()), anything, min_size=1, max_size=2).map(
         lambda flat: json.dumps(flat).encode()
     )
     toml = '\n'.join(f'{name} = {json.dumps(value)}' for name, value in KNOBS.items()).encode()
-    cases = st.tuples(st.just('run.json'), as_json | knob | damaged(json.dumps(KNOBS).encode())) | st.tuples(
-        st.just('run.toml'), damaged(toml)
-    )
+    cases = st.tuples(
+        st.just('run.json'), as_json | option | damaged(json.dumps(KNOBS).encode())
+    ) | st.tuples(st.just('run.toml'), damaged(toml))
     fuzz(cases, configurations, seed, 1000 if soak else 100)
 
 
@@ -530,9 +530,9 @@ def test_data_too_large_to_compare_at_once_is_compared_while_it_trains(tmp_path,
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
     shard.write_bytes(content)
-    for knobs in (dict(max_iters=4), dict(max_iters=100_000, log_interval=1), dict(eval_only=True)):
+    for options in (dict(max_iters=4), dict(max_iters=100_000, log_interval=1), dict(eval_only=True)):
         with pytest.raises(BadInput, match='is damaged: not what was written'):
-            for record in train.train(model, replace(run, **knobs)):
+            for record in train.train(model, replace(run, **options)):
                 assert record.step < 1000, 'found at once, not at the end'
 
 

@@ -151,10 +151,12 @@ BLOCKS = {
 }
 
 
-def ours_like(block, knobs: dict) -> MoE:
+def ours_like(block, options: dict) -> MoE:
     "Our layer with a block's weights; theirs are stored (E, out, in)."
     layer = MoE(
-        ModelConfig(n_embd=32, n_head=1, n_experts=6, top_k=2, expert_width=24, activation='swiglu', **knobs)
+        ModelConfig(
+            n_embd=32, n_head=1, n_experts=6, top_k=2, expert_width=24, activation='swiglu', **options
+        )
     )
     with torch.no_grad():
         layer.router.score.weight.copy_(block.gate.weight)
@@ -171,12 +173,12 @@ def ours_like(block, knobs: dict) -> MoE:
 @pytest.mark.parametrize('name', BLOCKS)
 def test_sparse_block(name):
     torch.manual_seed(0)
-    block, knobs = BLOCKS[name]()
+    block, options = BLOCKS[name]()
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.3)
     if 'DeepSeek' in name:
         torch.nn.init.normal_(block.gate.e_score_correction_bias, std=0.3)
-    layer, x = ours_like(block, knobs), torch.randn(3, 17, 32)
+    layer, x = ours_like(block, options), torch.randn(3, 17, 32)
     leaves, up = [x.clone().requires_grad_() for _ in range(2)], torch.randn(3, 17, 32)
     _, gates, ids = block.gate(x.flatten(0, 1))
     want, (got, r) = block(leaves[0]), layer(leaves[1])
@@ -215,7 +217,7 @@ def test_the_benchmarks_modern_model_is_a_mixtral_in_size():
 
 
 @pytest.mark.parametrize(
-    'name', ['twin', 'moe', 'modern', 'modern twin', 'Mixtral eager', 'Mixtral grouped_mm']
+    'name', ['dense', 'moe', 'modern', 'modern dense', 'Mixtral eager', 'Mixtral grouped_mm']
 )
 def test_every_case_of_the_benchmarks_step_trains(name, monkeypatch):
     from nanomoe import bench

@@ -205,15 +205,15 @@ def test_global_balance_is_that_of_the_joint_batch(tmp_path):
 
 
 def test_balance_by_bias_on_two_processes_and_after_a_stop(tmp_path):
-    knobs = [*TINY, '--balance=bias', '--router=sigmoid', '--norm_topk_prob=True', '--bias_rate=0.01']
-    run([sys.executable, *knobs, f'--out_dir={tmp_path}/one'])
+    options = [*TINY, '--balance=bias', '--router=sigmoid', '--norm_topk_prob=True', '--bias_rate=0.01']
+    run([sys.executable, *options, f'--out_dir={tmp_path}/one'])
     stopped = subprocess.Popen(
-        [sys.executable, *knobs, f'--out_dir={tmp_path}/two'], env=ENVIRONMENT, stdout=subprocess.PIPE
+        [sys.executable, *options, f'--out_dir={tmp_path}/two'], env=ENVIRONMENT, stdout=subprocess.PIPE
     )
     wait_for_step(tmp_path / 'two', 7)
     stopped.send_signal(signal.SIGINT)
     stopped.communicate(timeout=60)
-    run(torchrun('--standalone', '--nproc_per_node=2', *knobs, f'--out_dir={tmp_path}/two'))
+    run(torchrun('--standalone', '--nproc_per_node=2', *options, f'--out_dir={tmp_path}/two'))
     assert largest_difference(log(tmp_path / 'one'), log(tmp_path / 'two')) <= 1e-5
     one, two = (load_file(tmp_path / name / 'step-00000060' / 'model.safetensors') for name in ('one', 'two'))
     bias = one['h.0.mlp.router.bias']
@@ -312,7 +312,7 @@ def test_other_token_ids_do_not_begin_a_run(alone, tmp_path):
 
 def test_a_finished_run_says_what_it_reached(alone):
     done = run([sys.executable, *TINY, f'--out_dir={alone}'])
-    for words in ('on the whole held-out text', 'gzip -9', 'parameters'):
+    for words in ('on the whole validation text', 'gzip -9', 'parameters'):
         assert words in done.stdout
     assert len(log(alone)) == 60
 
@@ -346,7 +346,7 @@ def test_weights_of_a_run_begin_another(alone, tmp_path):
 
 
 def test_the_preset_tiny_beats_the_compressors(tmp_path):
-    "What README says of it, on the same held-out bytes."
+    "What README says of it, on the same validation bytes."
     run([sys.executable, '-m', 'nanomoe.train', 'tiny', '--device=cpu', f'--out_dir={tmp_path}'])
     entry = TokenDataset('numbers', 'val').manifest['splits']['val']
     assert (

@@ -448,7 +448,7 @@ def test_health_by_hand():
     )
     h = health(step_stats(Losses(*torch.zeros(4)), (r,)), 2)
     p = logits[0].softmax(-1)
-    assert (h.busiest, h.idlest, h.dead, h.drop_rate) == ([3.0], [0.0], [2], [0.5])
+    assert (h.max_load, h.min_load, h.dead, h.drop_rate) == ([3.0], [0.0], [2], [0.5])
     assert h.margin == pytest.approx([(p[0] - p[1]).item()])
     assert h.entropy == pytest.approx([-(p * p.log()).sum().item()])
     assert h.logit_rms == pytest.approx([(5 / 3) ** 0.5])
@@ -494,8 +494,8 @@ REFUSED = {
 
 @pytest.mark.parametrize('case', REFUSED)
 def test_combinations_that_cannot_be_trained_are_refused(case):
-    knobs, sentence = REFUSED[case]
-    cfg = replace(BASE, **knobs)
+    options, sentence = REFUSED[case]
+    cfg = replace(BASE, **options)
     check(cfg)  # it can be built
     with pytest.raises(BadInput) as e:
         check(cfg, TrainConfig())
@@ -503,7 +503,7 @@ def test_combinations_that_cannot_be_trained_are_refused(case):
 
 
 @pytest.mark.parametrize(
-    'knobs, sentence',
+    'options, sentence',
     [
         (dict(n_kv_head=5), 'n_head must be a multiple of n_kv_head=5, got 4'),
         (dict(jitter=1.0), 'jitter must be'),
@@ -515,9 +515,9 @@ def test_combinations_that_cannot_be_trained_are_refused(case):
         ),
     ],
 )
-def test_shapes_that_cannot_be_built_are_refused(knobs, sentence):
+def test_shapes_that_cannot_be_built_are_refused(options, sentence):
     with pytest.raises(BadInput, match=sentence):
-        check(ModelConfig(**knobs))
+        check(ModelConfig(**options))
 
 
 # ---- blocks with other parts

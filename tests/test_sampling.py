@@ -49,16 +49,16 @@ SHAPES = {
 }
 
 
-def made(**knobs) -> GPT:
+def made(**options) -> GPT:
     "A model whose every weight counts: a wrong position or a forgotten bias must show."
     torch.manual_seed(0)
-    model = GPT(replace(BASE, **knobs))
+    model = GPT(replace(BASE, **options))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.eval()
 
 
-def written(monkeypatch, model: GPT, idx: torch.Tensor, n: int, **knobs):
+def written(monkeypatch, model: GPT, idx: torch.Tensor, n: int, **options):
     "The ids (B, n), the logits (n, B, V) that they were drawn from, and how many positions each step read."
     logits, read = [], []
     with monkeypatch.context() as patch:
@@ -68,7 +68,7 @@ def written(monkeypatch, model: GPT, idx: torch.Tensor, n: int, **knobs):
         )
         hook = model.wte.register_forward_hook(lambda module, args, out: read.append(args[0].size(1)))
         torch.manual_seed(1)
-        ids = torch.stack([step.ids for step in generate(model, idx, n, **knobs)], 1)
+        ids = torch.stack([step.ids for step in generate(model, idx, n, **options)], 1)
         hook.remove()
     return ids, torch.stack(logits), read
 
@@ -103,7 +103,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    'knobs, compete',
+    'options, compete',
     [
         (dict(eval_capacity_factor=0.5), True),
         (dict(eval_capacity_factor=0.5, capacity_over='sequence'), False),
@@ -113,8 +113,8 @@ def test_rows_of_a_batch_are_what_they_are_alone(monkeypatch, name):
         (dict(n_experts=1, eval_capacity_factor=0.5), False),
     ],
 )
-def test_rows_that_compete_are_known(knobs, compete):
-    model = made(**SPARSE | dict(min_capacity=1) | knobs)
+def test_rows_that_compete_are_known(options, compete):
+    model = made(**SPARSE | dict(min_capacity=1) | options)
     x = random_rows(4, T)
     with torch.no_grad():
         moved = (model(x).logits[:1] - model(x[:1]).logits).abs().max()
@@ -128,7 +128,7 @@ def test_a_long_prompt_counts_with_its_last_block(monkeypatch):
     assert torch.equal(ids, last) and torch.equal(logits, expected) and read == [T] * 4
 
 
-def test_limits_of_the_knobs(monkeypatch):
+def test_limits_of_the_options(monkeypatch):
     model, idx = made(), random_rows(2, 5)
     cases = {}, dict(top_k=50), dict(top_k=10**9), dict(top_k=1), dict(temperature=0), dict(top_p=1e-9)
     plain, all_there, more, one, cold, least = (
@@ -287,11 +287,11 @@ def loaded(run):
     return sample.load(run, 'cpu')
 
 
-def all_texts(loaded, **knobs) -> list[str]:
+def all_texts(loaded, **options) -> list[str]:
     model, tokenizer = loaded
     return [
         ''.join(pieces)
-        for pieces in generate_texts(model, tokenizer, prompt(tokenizer, ''), Sampling(**knobs))
+        for pieces in generate_texts(model, tokenizer, prompt(tokenizer, ''), Sampling(**options))
     ]
 
 

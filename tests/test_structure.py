@@ -208,7 +208,7 @@ def test_what_an_extra_brings_is_what_settings_say(tmp_path, monkeypatch):
     monkeypatch.setattr(files, '__file__', str(tmp_path / 'files.py'))  # as if installed from a wheel
     assert (
         what_to_install('PIL.Image')
-        == "this command needs the package PIL; install it with: pip install 'nanomoe[lab]'"
+        == "this command requires the package PIL; install it with: pip install 'nanomoe[lab]'"
     )
     assert what_to_install('quux') is None
 

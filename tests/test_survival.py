@@ -241,7 +241,7 @@ def test_a_slow_disk_is_no_hang(words, tmp_path):
     )
     done = torchrun(program, *words, '--hang_timeout=6', '--max_iters=12', f'--out_dir={tmp_path}/run')
     assert done.returncode == 0, done.stderr
-    assert 'step 10: the checkpoint before is still being written, so this one is left out' in done.stderr
+    assert 'step 10: the checkpoint before is still being written, so this one is skipped' in done.stderr
     assert [path.name for path in checkpoint.steps(tmp_path / 'run')] == ['step-00000005', 'step-00000012']
 
 
@@ -443,7 +443,7 @@ def test_a_full_disk(words, whole, small_disk, tmp_path):
 
 
 def test_a_disk_that_stays_full(words, small_disk, whole, tmp_path):
-    "The run ends by saying so, the older checkpoint is there, and with room again the same command goes on."
+    "The run ends by saying so, the older checkpoint is there, and with room again the same command resumes."
     (small_disk / 'ballast').write_bytes(bytes(5 * 2**20))  # room for the first checkpoint, not for a third
     command = [*words, f'--out_dir={small_disk}/run']
     process = start(command, tmp_path / 'diary')
@@ -720,7 +720,7 @@ def test_a_process_that_stands_still_is_named(tmp_path):
         program, *TINY, '--hang_timeout=5', '--checkpoint_interval=2', f'--out_dir={tmp_path}/run'
     )
     assert done.returncode == 1 and time.monotonic() - begun < 120
-    assert lines_with('has not come on for 5 seconds', done.stderr) == 1 and 'process 1 (pid ' in done.stderr
+    assert lines_with('made no progress for 5 seconds', done.stderr) == 1 and 'process 1 (pid ' in done.stderr
     assert checkpoint.load_latest(tmp_path / 'run').step == 4
 
 
@@ -860,7 +860,7 @@ def test_after_a_divergence_the_same_command_goes_on_from_a_sound_checkpoint(wor
     bad = alone(*words, '--max_iters=16', f'--out_dir={folder}')
     assert (
         bad.returncode == 1
-        and 'the same command goes on from ' in bad.stderr
+        and 'the same command resumes from ' in bad.stderr
         and 'step-00000005' in bad.stderr
     )
     assert (folder / 'step-00000010-diverged').exists()

@@ -407,7 +407,7 @@ def data(given) -> dict:
         HERE / 'data',
         '--vocab_size',
         512 if given.dry else 8192,
-        '--held_out',
+        '--val_fraction',
         0.02,
     )
     seconds, manifest = time.monotonic() - start, json.loads((HERE / 'data' / 'manifest.json').read_text())
@@ -456,7 +456,7 @@ def layer(given) -> dict:
                 expert_width=64 if 'expert_width' in shape else 128,
                 n_experts=min(b.n_experts, 8),
             )
-        both = {'twin': ('twin', 'moe'), 'moe': ('twin', 'moe')}
+        both = {'dense': ('dense', 'moe'), 'moe': ('dense', 'moe')}
         made = [dict(compiled=False) | row for row in all_cases(b)]
         if not given.dry or name == 'C 384, 8/2':
             made += [dict(compiled=True) | row for row in report(both, make_pass, replace(b, compile=True))]
@@ -468,7 +468,7 @@ def layer(given) -> dict:
     found = {(row['shape'], row['case'], row['compiled']): row for row in rows}
     said = [
         f'{name}: {found[name, "moe", False]["ms"]:.2f} ms, '
-        f'{found[name, "moe", False]["times_twin"]:.2f}× matched dense'
+        f'{found[name, "moe", False]["times_dense"]:.2f}× matched dense'
         for name in shapes
     ]
     return dict(headline='; '.join(said), rows=rows)
