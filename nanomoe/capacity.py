@@ -16,7 +16,8 @@ from .router import even_shares
 
 # %% ../nbs/02_capacity.ipynb #expert-capacity
 def expert_capacity(n_tokens: int, n_experts: int, top_k: int, factor: float, minimum: int = 4) -> int:
-    """Slots per expert, S: `factor` even shares of N·K choices, rounded down, made even, at least `minimum`.
+    """Slots per expert, S: `factor` even shares of N·K assignments, rounded down, made even, at least
+    `minimum`.
 
     Switch Transformer (2101.03961) eq. 3, with the rounding of nanoMoE.
     """
@@ -25,9 +26,9 @@ def expert_capacity(n_tokens: int, n_experts: int, top_k: int, factor: float, mi
 
 # %% ../nbs/02_capacity.ipynb #slots
 class Slots(NamedTuple):
-    "Where each choice waits in the (E·S) buffer"
+    "The place of each assignment in the experts' capacity buffers, E·S slots in all"
 
-    rows: Tensor  # (N, K) row of the buffer; E·S for a dropped choice
+    rows: Tensor  # (N, K) slot of the buffer; E·S for a dropped assignment
     kept: Tensor  # (N, K) False = the expert was full
     capacity: int  # S
 
@@ -35,26 +36,26 @@ class Slots(NamedTuple):
 def assign_slots(
     expert_ids: Tensor, n_experts: int, capacity: int, priority: str = 'choice', gates: Tensor | None = None
 ) -> Slots:
-    """Queue the choices (N, K) at their experts.
+    """Give each assignment (N, K) a slot at its expert, or drop it where the expert is full.
 
-    `priority='choice'`: first choices of all tokens in order, then second ones (GShard, 2006.16668); 'token':
-    all choices of a token before the next one's, which is causal; 'gate': larger gates (N, K) first
-    (2106.05974 §4).
+    `priority='choice'`: the first choices of all tokens get slots before the second ones (GShard,
+    2006.16668); 'token': all choices of a token before the next token's, which is causal; 'gate': larger
+    gates (N, K) first (2106.05974 §4).
     """
     N, K = expert_ids.shape
-    queue = priority_order(expert_ids, priority, gates)  # (N·K,) choices in order of arrival
-    order = queue[expert_ids.flatten()[queue].argsort(stable=True)]  # by expert, each in order of arrival
+    first = priority_order(expert_ids, priority, gates)  # (N·K,) assignments by priority
+    order = first[expert_ids.flatten()[first].argsort(stable=True)]  # by expert, each by priority
     by_expert = expert_ids.flatten()[order]
-    begins = torch.searchsorted(by_expert, torch.arange(n_experts, device=queue.device))  # (E,)
-    place = torch.empty_like(queue)
-    place[order] = torch.arange(N * K, device=queue.device) - begins[by_expert]  # back at the choice's number
+    begins = torch.searchsorted(by_expert, torch.arange(n_experts, device=order.device))  # (E,)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(N * K, device=order.device) - begins[by_expert]
     place = place.view(N, K)
     kept = place < capacity
     return Slots(torch.where(kept, expert_ids * capacity + place, n_experts * capacity), kept, capacity)
 
 
 def priority_order(expert_ids: Tensor, priority: str, gates: Tensor | None) -> Tensor:
-    "Numbers n·K + k of the choices, (N·K,), in the order in which they come to the queues."
+    "The assignments n·K + k, (N·K,), in the order in which they get slots."
     N, K = expert_ids.shape
     if priority == 'gate':
         return gates.detach().flatten().argsort(descending=True, stable=True)
@@ -84,19 +85,21 @@ class PlaceRows(torch.autograd.Function):
 def slot_assignments(slots: Slots, n_slots: int) -> Tensor:
     "Assignment n·K + k in each slot, (E·S,); N·K if empty."
     rows = slots.rows.flatten()
-    choices = torch.full((n_slots + 1,), len(rows), device=rows.device)  # last entry: dropped assignments
-    choices[rows] = torch.arange(len(rows), device=rows.device)
-    return choices[:-1]
+    assignments = torch.full((n_slots + 1,), len(rows), device=rows.device)  # last entry: dropped assignments
+    assignments[rows] = torch.arange(len(rows), device=rows.device)
+    return assignments[:-1]
 
 
 def dispatch(x: Tensor, slots: Slots, n_experts: int) -> Tensor:
-    "Copy the tokens (N, C) into their experts' queues, (E, S, C); empty slots hold zeros."
-    choices = slot_assignments(slots, n_experts * slots.capacity)
-    return PlaceRows.apply(x, choices // slots.rows.size(1), slots.rows).view(n_experts, slots.capacity, -1)
+    "Copy the tokens (N, C) into the experts' capacity buffers, (E, S, C); empty slots hold zeros."
+    assignments = slot_assignments(slots, n_experts * slots.capacity)
+    return PlaceRows.apply(x, assignments // slots.rows.size(1), slots.rows).view(
+        n_experts, slots.capacity, -1
+    )
 
 # %% ../nbs/02_capacity.ipynb #combine
 def combine(y: Tensor, gates: Tensor, slots: Slots) -> Tensor:
-    "Gather each choice's result from the queues (E, S, C), weigh it by its gate (N, K), and add up: (N, C)."
+    "Each token's sum of gate (N, K) times result, gathered from the capacity buffers (E, S, C): (N, C)."
     y = y.flatten(0, 1)  # (E·S, C)
     y = PlaceRows.apply(y, slots.rows.flatten(), slot_assignments(slots, len(y)).unsqueeze(1))
     return (y.view(*gates.shape, -1) * gates.unsqueeze(-1).to(y.dtype)).sum(1)

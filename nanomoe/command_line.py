@@ -385,7 +385,7 @@ or a dataset of the Hugging Face hub.""",
   python -m nanomoe.train configs/own_text.toml --learning_rate 3e-3
   torchrun --standalone --nproc_per_node=8 -m nanomoe.train nano_moe
 
-Running the same command again resumes the run in --out_dir from its last checkpoint.""",
+The same command again resumes the run in --out_dir from its last checkpoint.""",
     ),
     'sample': Program(
         'RUN [--OPTION VALUE ...]\n\nRUN is a run or checkpoint folder, gpt2 to gpt2-xl, a Hugging '

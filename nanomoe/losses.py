@@ -29,9 +29,9 @@ def balance_loss(r: Routing, counted: Tensor | None = None, counts: Tensor | Non
     """How uneven the load is: 1 when every expert gets the same share, E/K when the same K experts get all.
 
     Switch Transformer (2101.03961) eq. 4-6, divided by K so that top-k routing keeps its scale: E · Σ P_e
-    f_e, where P_e is the mean probability of expert e and f_e its share of the N·K choices, before any is
-    dropped (no gradient). `counts` (E,) gives the choices for f_e, those of a whole step (2501.11873), which
-    alone has to be even then. `counted` (N,) is 0 for padding, here and below.
+    f_e, where P_e is the mean probability of expert e and f_e its share of the N·K assignments, before any is
+    dropped (no gradient). `counts` (E,) gives the assignments for f_e, those of a whole step (2501.11873),
+    which alone has to be even then. `counted` (N,) is 0 for padding, here and below.
     """
     E = r.probs.size(1)
     if counts is None:
@@ -68,7 +68,8 @@ def update_bias(bias: Tensor, counts: Tensor, rate: float):
     """Move the router's bias (E,) by `rate`, in place: up where an expert got less than an even share, else
     down.
 
-    Balance without a loss (2408.15664): `counts` (E,) are the choices of a whole step, over all processes.
+    Balance without a loss (2408.15664): `counts` (E,) are the assignments of a whole step, over all
+    processes.
     """
     bias += rate * (counts.mean() - counts).sign()
 
@@ -114,7 +115,7 @@ def total_loss(
     """Cross-entropy plus the weighted penalties of all MoE layers; without any, the cross-entropy alone.
 
     The tokens of each routing are `n_rows` sequences, one after the other; those that are 0 in `counted` (N,)
-    are padding. `counts` (L, E): the choices of the whole step, for `balance_over='global'`.
+    are padding. `counts` (L, E): the assignments of the whole step, for `balance_over='global'`.
     """
     if not routings:
         return Losses(ce, ce, ce.new_zeros(()), ce.new_zeros(()))

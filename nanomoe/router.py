@@ -110,11 +110,11 @@ class TopKRouter(nn.Module):
         return logits.to(exact)
 
 # %% ../nbs/01_router.ipynb #other-routers
-def even_shares(factor: float, n_choices: int, n_experts: int) -> int:
-    """`factor` even shares of the choices, rounded down: 1.15 shares of 200 choices among 10 experts are 23,
+def even_shares(factor: float, n_assignments: int, n_experts: int) -> int:
+    """`factor` even shares of the assignments, rounded down: 1.15 shares of 200 among 10 experts are 23,
     not 22.
     """
-    return math.floor(factor * n_choices / n_experts * (1 + 1e-12))  # 1.15 is a little less in binary
+    return math.floor(factor * n_assignments / n_experts * (1 + 1e-12))  # 1.15 is a little less in binary
 
 
 class ExpertChoiceRouter(TopKRouter):

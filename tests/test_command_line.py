@@ -87,7 +87,7 @@ BAD = {
     'dataset not prepared yet': (
         train,
         'tiny --dataset shakespeare_gpt2',
-        'make it with: python -m nanomoe.data shakespeare_gpt2',
+        'create it with: python -m nanomoe.data shakespeare_gpt2',
     ),
     'small vocabulary': (
         train,
@@ -739,7 +739,7 @@ def test_a_dry_run_leaves_no_trace(tmp_path, monkeypatch, capsys):
     train.main(['tiny', '--device=cpu', '--dry_run', f'--out_dir={tmp_path}/run'])
     text = capsys.readouterr().out
     assert (
-        'model       83,392 parameters, of which one token meets 50,624' in text
+        'model       83,392 parameters, 50,624 active per token' in text
         and '512 tokens per step' in text
         and 'seconds' in text
     )

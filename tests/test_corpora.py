@@ -480,7 +480,7 @@ def test_nothing_of_the_users_is_replaced(corpus, tmp_path):
     with pytest.raises(BadInput, match='is a prepared dataset already'):
         data.prepare(str(tmp_path / 'made'), tmp_path / 'made')
     (tmp_path / 'made' / 'notes.txt').write_text('mine')
-    with pytest.raises(BadInput, match='holds something else'):
+    with pytest.raises(BadInput, match='contains something other'):
         data.prepare(str(corpus / 'pages.txt'), tmp_path / 'made', 'bytes')
     with pytest.raises(BadInput, match='lies in .* which will be replaced'):
         data.prepare(str(tmp_path / 'made' / 'notes.txt'), tmp_path / 'made', 'bytes')
@@ -762,7 +762,7 @@ def test_what_a_folder_holds_besides_is_told_and_can_be_asked_for(tmp_path, caps
         )
 
     with pytest.raises(
-        BadInput, match='f.txt is not UTF-8 text: byte 2 .* say --errors replace or --errors skip'
+        BadInput, match='f.txt is not UTF-8 text: byte 2 .* use --errors replace or --errors skip'
     ):
         read()
     text = read(errors='skip')
@@ -785,7 +785,7 @@ def test_rows_of_json_with_nulls_long_lines_and_other_columns(tmp_path, monkeypa
     assert next(rows).text == 'one'
     with pytest.raises(
         BadInput,
-        match=r'line 3 must be a JSON object with a string under "text" \(it has words, id; say which with '
+        match=r'line 3 must be a JSON object with a string under "text" \(it has words, id; choose one with '
         r'--text_column\)',
     ):
         next(rows)
@@ -830,7 +830,7 @@ def test_a_kill_while_a_dataset_replaces_another_loses_neither(corpus, tmp_path,
             except Killed:
                 pass
         data.prepare(source, folder, 'bytes', val_fraction=0.1 + n / 100)
-        assert 'every byte' in verify(folder) and [p.name for p in tmp_path.iterdir()] == ['made'], n
+        assert 'all checksums match' in verify(folder) and [p.name for p in tmp_path.iterdir()] == ['made'], n
 
 
 def test_a_bit_that_flips_in_an_unfinished_dataset_is_found(tmp_path):

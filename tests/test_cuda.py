@@ -447,10 +447,10 @@ def gradients(cfg, world, x, y, compiled):
     torch.manual_seed(0)
     model = GPT(cfg).to(world.device)
     if compiled: model.compile()
-    shared, optimizer = share_gradients(model, world), make_optimizer(model, TrainConfig())
+    shared, optimizer = wrap_ddp(model, world), make_optimizer(model, TrainConfig(learning_rate=6e-4))
     for step in range(2):
         for i in range(3):
-            with quietly(shared, i == 2): shared(x[i], y[i], keep_logits=False).losses.total.backward()
+            with no_sync(shared, i == 2): shared(x[i], y[i], keep_logits=False).losses.total.backward()
         grads = [p.grad.clone() for p in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()

@@ -396,6 +396,16 @@ def test_colors_keep_their_meaning_in_a_palette():
         to_png(viz.new_figure(1, 1)) == to_png(viz.new_figure(1, 1))
         and to_png(viz.new_figure(1, 1))[:4] == b'\x89PNG'
     )
+    for picture, most in (
+        (np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1), 0),
+        (np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3)), 17 / 2),
+    ):
+        assert (
+            abs(
+                np.asarray(viz.in_palette(PIL.Image.fromarray(picture)).convert('RGB')) - picture.astype(int)
+            ).max()
+            <= most
+        )
 
 
 def test_a_watcher_waits_for_its_run(tmp_path, capsys, monkeypatch):

@@ -184,7 +184,7 @@ def test_the_core_install_works_or_says_what_it_lacks(tmp_path):
         assert code == (2 if lacking else 0), (line, said)
         if lacking:
             assert (
-                said.endswith(f"needs the package {package}; install it with: pip install -e '.[{extra}]'")
+                said.endswith(f"requires the package {package}; install it with: pip install -e '.[{extra}]'")
                 and '\n' not in said
             ), (line, said)
     assert run.exists() and not {path.name for path in tmp_path.iterdir()} & {

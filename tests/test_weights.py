@@ -251,7 +251,7 @@ NO_EQUAL = {
     'experts of GPT-2': (dict(n_experts=4), 'positions=rotary (here learned), norm=rmsnorm (here layernorm)'),
     'rotary with layer norms': (
         ROTARY | dict(norm='layernorm'),
-        'its qwen3 it needs norm=rmsnorm (here layernorm)',
+        'For qwen3, set norm=rmsnorm (here layernorm)',
     ),
     'noisy router': (ROTARY | dict(n_experts=4, router='noisy'), 'router=softmax (here noisy)'),
     'shared expert': (ROTARY | dict(n_experts=4, n_shared_experts=1), 'n_shared_experts=0 (here 1)'),
@@ -280,7 +280,7 @@ def test_what_has_no_equal_is_named(name):
         ('export out/nowhere {new}', 'out/nowhere holds no checkpoint'),
         ('export {run} {run}', 'contains something other than an earlier export'),
         ('export {pickled} {new}', 'is no file of arrays and plain values alone, and is not loaded'),
-        ('export {plain} {new}', 'has no equal in transformers; for its qwen3_moe it needs'),
+        ('export {plain} {new}', 'no transformers architecture matches. For qwen3_moe, set'),
         ('export {run} {run}/meta.txt/new', 'cannot be written'),
     ],
 )
@@ -827,7 +827,7 @@ def test_gpt2s_vocabulary_is_known_without_fetching_it(gpt2_vocabulary, tmp_path
     assert vocabulary(load_tokenizer(tmp_path / 'made')) == GPT2_VOCABULARY
     monkeypatch.setattr('tiktoken.get_encoding', None)
     pretrained.check_tokenizer('gpt2', tmp_path / 'made')
-    with pytest.raises(BadInput, match='has other token ids than the text that gpt2 has learned from'):
+    with pytest.raises(BadInput, match='was tokenized with a different vocabulary than gpt2'):
         pretrained.check_tokenizer('gpt2', tmp_path / 'bytes')
 
 
