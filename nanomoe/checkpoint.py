@@ -139,7 +139,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_latest(root: str | Path) -> Checkpoint | None:
-    "The newest checkpoint whose digests match, or None; says on stderr which newer ones do not."
+    "The newest checkpoint with matching checksums, or None; newer ones without are reported on stderr."
     for path in reversed(steps(Path(root))):
         try:
             return load(path)
@@ -260,12 +260,12 @@ def check_fit(model: GPT, tensors: dict[str, Tensor]):
 
 # %% ../nbs/39_checkpoint.ipynb #lines-file
 def evaluations(rows: list[dict]) -> list[dict]:
-    "Of the lines of a log, those with a validation loss."
+    "The lines of a log that have a validation loss."
     return [row for row in rows if {'val_ce', 'val_tokens'} <= row.keys()]
 
 
 def best_step(folder: Path, rows: list[dict]) -> int | None:
-    """Of the checkpoints in the folder, the step with the lowest validation loss in `rows`, on as many
+    """The step of the checkpoint with the lowest validation loss in `rows`, on as many
     batches as are usual now.
     """
     usual = min((row['val_tokens'] for row in rows[-2:]), default=0)  # the last may be on the whole text

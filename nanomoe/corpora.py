@@ -65,7 +65,7 @@ def read_page(path: Path, columns=(), errors: str = 'strict') -> Iterator[tuple[
 
 
 def read_txt(path: Path, columns=(), errors: str = 'strict', part: int = 2**20) -> Iterator[tuple[str]]:
-    """What stands between `EOT` marks.
+    """The text between `EOT` tokens.
 
     Of more than four `part`s, parts of that many characters, cut at line ends.
     """
@@ -308,7 +308,7 @@ def help_topics() -> Iterator[Document]:
 def onboard_documents(n_bytes: int = 3_000_000) -> Iterator[Document]:
     """Text on every machine that can run this: `python`, `cpp`, `prose` and `numbers`, about `n_bytes` each.
 
-    A file of the standard library that is held out is held out as source and as documentation.
+    A file of the standard library is in the same split as source and as documentation.
     """
     stdlib = stdlib_files()
     packages = [
@@ -334,7 +334,7 @@ class Source(NamedTuple):
     name: str
     documents: Callable[[int], Iterable[Document]]  # those from the n-th on
     is_val: Callable[[Document], bool] = lambda d: in_val_split(d.name)
-    share: float = 0.1  # held out of each document, if they are cut
+    share: float = 0.1  # fraction of each document for validation, if documents are cut
     max_tokens: int | None = None  # the document that reaches it is the last
     n_bytes: int | None = None  # of text, where known beforehand
     stamp: tuple = ()  # what must be the same for going on after a kill
@@ -434,7 +434,7 @@ def local_source(
     endings: tuple[str, ...] = (),
     errors: str = 'strict',
 ) -> Source:
-    """A file, a folder or a pattern, of whose documents `share` are held out.
+    """A file, a folder or a pattern, with a `share` of its documents for validation.
 
     It is the same as long as its files are.
     """

@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
 
 def split_documents(source: Source, skip: int = 0, cut: bool = False) -> Iterator[Part]:
-    "The source's documents for their splits; when `cut`, the end of each is held out."
+    "The source's documents, assigned to splits; when `cut`, the end of each goes to validation."
     for done, d in enumerate(source.documents(skip), skip + 1):
         if not cut:
             yield Part(d.text, d.domain, 'val' if source.is_val(d) else 'train', done)
@@ -319,7 +319,7 @@ def write_splits(part: Path, sources: list[Source], tokenizer, at: Progress, sho
     def writer(key: str) -> ShardWriter:
         split, domain = key.split(' ', 1)
         if len({key.split(' ', 1)[1] for key in at.splits}) > 64:
-            (part / 'progress.json').unlink(missing_ok=True)  # nothing could go on from it
+            (part / 'progress.json').unlink(missing_ok=True)  # nothing could resume from it
             raise BadInput(
                 f'at most 64 domains can be told apart, and {domain} is one more; name a folder, or quote '
                 'a pattern'
@@ -670,7 +670,7 @@ def check_prepare(sources: list[str], o: Prepare, kind: str):
 
 
 def domain_name(source: str) -> str:
-    "What a source's documents are called."
+    "The domain name of a source's documents."
     return (
         source if source in BUILTIN_DATASETS else Path(source).name if on_hub(source) else domain_of(source)
     )
@@ -804,7 +804,7 @@ def token_files(sources: list[str], o: Prepare) -> list[Path]:
 
 # %% ../nbs/37_data.ipynb #open-source
 def open_source(source: str, o: Prepare, max_tokens: int | None) -> Source:
-    "What a word of the command line stands for."
+    "The source that a word of the command line names."
     columns = (o.text_column, o.domain_column) if o.domain_column else (o.text_column,)
     if source in BUILTIN_DATASETS and source not in HUB:
         return in_memory_source(

@@ -106,7 +106,7 @@ def open_shard(path: Path) -> np.ndarray:
         if len(header) == 256 and header[0] == magic and header[1] == version:
             held = (size - 1024) // dtype.itemsize
             if size != 1024 + int(header[2]) * dtype.itemsize:
-                raise BadInput(f'{path} is damaged: its header says {header[2]} tokens, it holds {held}')
+                raise BadInput(f'{path} is damaged: its header claims {header[2]} tokens, it holds {held}')
             return np.memmap(path, dtype=dtype, mode='r', offset=1024, shape=(int(header[2]),))
     raise BadInput(f'{path} is not a token file: its header is unknown')
 
@@ -196,7 +196,7 @@ def is_split(entry: dict) -> bool:
 
 # %% ../nbs/35_dataset.ipynb #checked-shard
 def checked_shard(path: Path, entry: dict, vocab_size: int, every_byte: bool) -> np.ndarray:
-    "The ids of a shard; raises `BadInput` unless it is the one of which its manifest entry speaks."
+    "The ids of a shard; raises `BadInput` unless it matches its manifest entry."
     try:
         ids = (
             np.memmap(path, np.uint16, 'r', shape=(path.stat().st_size // 2,))

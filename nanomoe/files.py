@@ -203,7 +203,7 @@ def numbers(value):
 
 
 def log_lines(path: str | Path) -> list[tuple[str, dict]]:
-    "The sound lines of a log, each as it stands there and as what it says."
+    "The valid lines of a log, each as bytes and parsed."
     rows, lines = [], Path(path).read_bytes().split(b'\n') if Path(path).exists() else []
     for number, line in enumerate(lines[:-1], 1):  # behind the last line's end is one that is not whole
         try:
@@ -218,7 +218,10 @@ def log_lines(path: str | Path) -> list[tuple[str, dict]]:
 
 # %% ../nbs/32_files.ipynb #lines-file
 class Lines:
-    "A file that grows by lines of JSON; those that a full disk refuses wait in memory for the next."
+    """A file that grows by lines of JSON.
+
+    Lines that cannot be written (full disk) are kept in memory and retried.
+    """
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, []
@@ -232,7 +235,7 @@ class Lines:
         self.write()
 
     def write(self, sync: bool = False):
-        "Try to write what waits, with `sync` through to the disk; what is refused goes on waiting."
+        "Try to write the pending lines, with `sync` through to the disk; what fails stays pending."
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, 'a') as f:

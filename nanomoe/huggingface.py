@@ -125,7 +125,7 @@ def require(config: dict, **allowed):
     "Raise `BadInput` unless each entry has its one value, which is the one that our model has too."
     for name, value in allowed.items():
         if config.get(name, value) != value:
-            raise BadInput(f'{name} must be {value}, as no option of ours stands for it, got {config[name]}')
+            raise BadInput(f'{name} must be {value}, as nanomoe has no option for it, got {config[name]}')
 
 
 def hidden_width(width: int | None, C: int) -> int | None:
@@ -134,7 +134,7 @@ def hidden_width(width: int | None, C: int) -> int | None:
 
 
 def gpt2_entries(cfg: ModelConfig) -> dict:
-    "What a GPT-2's configuration says of its shape; `bias` is ours to read, theirs has biases everywhere."
+    "The entries of a GPT-2 configuration that describe the shape; `bias` is ours, GPT-2 always has biases."
     return dict(
         n_positions=cfg.block_size,
         n_embd=cfg.n_embd,
@@ -176,7 +176,7 @@ def gpt2_shape(config: dict) -> ModelConfig:
 
 # %% ../nbs/40_huggingface.ipynb #qwen3-shape
 def qwen3_entries(cfg: ModelConfig) -> dict:
-    "What a Qwen3's configuration says of its shape."
+    "The entries of a Qwen3 configuration that describe the shape."
     return dict(
         max_position_embeddings=cfg.block_size,
         hidden_size=cfg.n_embd,
@@ -505,7 +505,7 @@ GPT2_VOCABULARY = '02cbd1d6a2b849c110f489440a8597f9f7b24d7bea3b6104e12c4bbec423f
 
 
 def vocabulary(tokenizer) -> str:
-    "Digest of what every id stands for: the same for two tokenizers if and only if their ids mean the same."
+    "Digest of the text of every id: the same for two tokenizers if and only if their ids mean the same."
     words = sorted(tokenizer._mergeable_ranks.items(), key=lambda entry: entry[1])
     return hashlib.sha256(repr((words, sorted(tokenizer._special_tokens.items()))).encode()).hexdigest()
 

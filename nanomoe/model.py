@@ -159,7 +159,10 @@ def matrix_init(p: Tensor, cfg: ModelConfig, fan_in: int, switch: bool):
 
 # %% ../nbs/07_model.ipynb #count
 def n_params(model: GPT) -> tuple[int, int]:
-    "(total, active) parameters; active are those a token meets: its experts in each MoE layer, and all else."
+    """(total, active) parameters.
+
+    Active are those one token uses: its experts in each MoE layer, and all else.
+    """
     total = sum(p.numel() for p in model.parameters())
     experts = sum(
         p.numel() for block in model.h if isinstance(block.mlp, MoE) for p in block.mlp.experts.parameters()

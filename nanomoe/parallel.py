@@ -192,8 +192,8 @@ class DistContext(NamedTuple):
 
 # %% ../nbs/11_parallel.ipynb #heartbeat
 class Watchdog:
-    """Ends this process when there was no progress for `timeout` seconds, and says which process the others
-    wait for.
+    """Ends this process after `timeout` seconds without progress, and reports which process the others wait
+    for.
 
     `store` holds everyone's count of ticks: torch.distributed's, where the processes have met.
     """
@@ -232,9 +232,9 @@ class Watchdog:
             slept = time.monotonic()
 
     def verdict(self) -> str:
-        "Who stands still, or nothing where that is for another process to say."
+        "Which process is stuck, or nothing if another process is to report it."
         end = (
-            f'come on for {self.timeout:.0f} seconds, so all end; the same command resumes from the last '
+            f'progress for {self.timeout:.0f} seconds, so all end; the same command resumes from the last '
             'checkpoint'
         )
         try:

@@ -141,7 +141,9 @@ def settings_of(run: Path) -> dict:
 
 # %% ../nbs/45_report.ipynb #samples
 class Samples(NamedTuple):
-    "What samples.jsonl says of a run's validation texts: N tokens in all, the same at each of S evaluations."
+    """The routing of a run's validation texts, from samples.jsonl: N tokens in all, the same at each of S
+    evaluations.
+    """
 
     steps: list[int]  # (S,)
     pieces: list[str]  # (N,)
@@ -200,7 +202,7 @@ def read_samples(run: Path, rows: Sequence[dict] | None = None) -> Samples | Non
 
 
 def experts_in(rows: Sequence[dict]) -> int:
-    "How many experts a layer has by its log; 4096, more than any, where that says nothing."
+    "Number of experts per layer according to the log; 4096, more than any, if it has none."
     return len(routed[-1]['load'][0]) if (routed := routed_rows(rows)) else 2**12
 
 
@@ -355,7 +357,7 @@ def routed_text(lines: Sequence[dict], n_experts: int) -> str:
 
 # %% ../nbs/45_report.ipynb #sections
 def img_tag(fig: Figure, alt: str) -> str:
-    "The figure inside an HTML page, with words in its place for who cannot see it."
+    "The figure as an HTML image with alternative text."
     return render_html(
         '<img src="data:image/png;base64,{{ png }}" alt="{{ alt }}">',
         png=base64.b64encode(to_png(fig)).decode(),
@@ -375,14 +377,14 @@ def table(rows: Sequence[Sequence]) -> str:
 
 
 def details(summary: str, body: str) -> str:
-    "HTML that is folded until it is asked for."
+    "HTML that is folded until it is opened."
     return render_html(
         '<details><summary>{{ summary }}</summary>{{ body|safe }}</details>', summary=summary, body=body
     )
 
 
 def facts(rows: Sequence[dict], settings: dict) -> str:
-    "HTML table of what a run has come to."
+    "HTML table of a run's results."
     last, held = rows[-1], finite(finite(rows, 'val_ce'), 'val_bpb')
     speeds = [row['tok_per_s'] for row in rows if 'tok_per_s' in row]
     of = f' of {settings["max_iters"]:,}' if settings else ''
@@ -462,9 +464,9 @@ _captions = {
 
 # %% ../nbs/45_report.ipynb #text-sections
 def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict[str, str]:
-    """What the routed texts show, HTML by title.
+    """Sections about the routed texts: HTML by title.
 
-    Where experts choose tokens, tokens have no choices to draw: text alone.
+    With expert choice, tokens choose nothing: only the text is shown.
     """
     last, L, counts = s.expert_ids[-1], s.expert_ids.shape[1], Counter(map(token_class, s.pieces))
     if router == 'expert_choice':
@@ -539,7 +541,7 @@ p { margin: .3em 0; opacity: .7 }
 
 # %% ../nbs/45_report.ipynb #live
 class Live:
-    "A run as its watcher sees it now; `answer` gives the page, or what has changed in it."
+    "A run as the viewer shows it; `answer` returns the page, or what has changed in it."
 
     def __init__(self, run: Path):
         self.run, self.log, self.lock, self.n_experts = (
@@ -728,7 +730,7 @@ def render(kind: str, what: str, out: str | None) -> Path:
 
 # %% ../nbs/45_report.ipynb #watch
 def watch(run: str | Path, port: int | None = None, open: bool = True, host: str = '127.0.0.1'):
-    "Serve a page that shows the run as it goes on, until Ctrl-C; it may be there before the run is."
+    "Serve a page that shows the run live, until Ctrl-C; it may start before the run does."
     folder = resolve(run)
     if folder.is_file():
         raise BadInput(f'{escape_controls(str(run))} is a file; give the folder of a run')

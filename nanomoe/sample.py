@@ -78,10 +78,10 @@ def generate(
     """Continue the rows idx (B, T), a token each per step.
 
     Ids from `n_vocab` on, which the tokenizer lacks, never come. With the cache each step reads only the
-    newest token; once `block_size` positions are full, each reads the last `block_size` anew, because learned
-    positions cannot be shifted. Where `eval_capacity_factor` limits the experts, a single token always finds
-    room: with the cache the text is another. Only the last position goes through the head. With `compile`,
-    steps of one token run compiled, on CUDA as one CUDA graph.
+    newest token; once `block_size` positions are full, each processes the last `block_size` again, because
+    learned positions cannot be shifted. Where `eval_capacity_factor` limits the experts, a single token
+    always finds room: with the cache the text is another. Only the last position goes through the head. With
+    `compile`, steps of one token run compiled, on CUDA as one CUDA graph.
 
     >>> cfg = nanomoe.ModelConfig(vocab_size=100, n_layer=2, n_head=2, n_embd=32, n_experts=4)
     >>> model = nanomoe.GPT(cfg)

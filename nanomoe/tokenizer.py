@@ -27,7 +27,7 @@ PRETOKENIZER_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L
 
 
 def byte_alphabet() -> dict[str, int]:
-    "The printable character that stands for each byte in a BPE file (GPT-2's table), back to the byte."
+    "The printable character for each byte in a BPE file (GPT-2's table), back to the byte."
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(rest)}}
@@ -172,7 +172,7 @@ def characters_of(tokenizer) -> set[str]:
 
 # %% ../nbs/34_tokenizer.ipynb #token-bytes
 def token_bytes(tokenizer, size: int | None = None) -> Tensor:
-    "Bytes of text each token id stands for, (size,) int64; 0 for special tokens and beyond the vocabulary."
+    "Bytes of text of each token id, (size,) int64; 0 for special tokens and beyond the vocabulary."
     lengths = torch.zeros(size or tokenizer.n_vocab, dtype=torch.int64)
     for word, i in tokenizer._mergeable_ranks.items():
         lengths[i] = len(word)

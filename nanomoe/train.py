@@ -150,7 +150,7 @@ class RunState:
     """Everything one run owns. Raises `BadInput` if its settings, its folder and the machine do not fit
     together.
 
-    A process makes its own before it meets the others, so that nothing has begun when something is refused.
+    Each process makes its own before it connects to the others, so that a refused run leaves nothing behind.
     """
 
     def __init__(self, model_cfg: ModelConfig, cfg: TrainConfig, world: DistContext):
@@ -226,7 +226,7 @@ class RunState:
             gc.collect()
 
     def any_process(self, here: bool) -> bool:
-        "Whether any process says so; all of them get the same answer."
+        "Whether the condition holds on any process; all get the same answer."
         return all_reduce(torch.tensor(float(here), device=self.world.device), 'max').item() > 0
 
 # %% ../nbs/09_train.ipynb #update
@@ -461,8 +461,8 @@ class Checkpoints(TrainStep):
             ) from None
 
     def save_checkpoint(self, halt: bool):
-        """Begin a checkpoint of this step from the first process; it is written while training goes on,
-        unless that is to `halt`.
+        """Start a checkpoint of this step from the first process; it is written while training continues,
+        unless it is to `halt`.
 
         None is made in a streak of skipped updates, whose weights may be what makes the loss NaN. Raises
         `RuntimeError` where the weights are not finite.
@@ -512,7 +512,7 @@ class Checkpoints(TrainStep):
         )
 
     def save_before_stop(self):
-        "Save the step before the one that goes on: between two updates weights and counters stand still."
+        "Save the last complete step: between two updates, weights and counters do not change."
         with self.changing:
             if self.last and (self.newest is None or self.newest.step < self.step):
                 self.newest = self.make_record(*self.last, 0.0)
@@ -541,9 +541,9 @@ class Checkpoints(TrainStep):
         return True
 
     def roll_back(self, began: int) -> str:
-        """Where to go on from after a streak that began after `began` updates.
+        """Which checkpoint to resume from after a streak that began after `began` updates.
 
-        A checkpoint of then makes way for the one before.
+        Later checkpoints are set aside as diverged.
         """
         if self.world.first:
             self.wait_for_checkpoint()
@@ -567,7 +567,7 @@ class Checkpoints(TrainStep):
         write_whole(self.out_dir / 'tokenizer.json', self.vocabulary)
 
     def keep_folder(self):
-        """Make the run's folder anew where it was deleted or renamed.
+        """Recreate the run's folder if it was deleted or renamed.
 
         Raises `BadInput` where another process has it now.
         """
@@ -575,7 +575,7 @@ class Checkpoints(TrainStep):
             if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.out_dir / '.lock')):
                 return
         print_status(
-            f'{self.out_dir} was deleted or renamed; it is made anew, and the run continues', sys.stderr
+            f'{self.out_dir} was deleted or renamed; it is recreated, and the run continues', sys.stderr
         )
         self.lock.close()
         self.claim_folder()
@@ -689,8 +689,8 @@ class Trainer(Checkpoints):
         )
 
     def open_folder(self):
-        """Prepare the run's folder: config and tokenizer for its readers, the log cut to the step training
-        goes on from.
+        """Prepare the run's folder: config and tokenizer for its readers, the log cut to the step that
+        training resumes from.
         """
         problem = None
         if self.world.first:
@@ -778,8 +778,8 @@ def train_all(runs: dict[str, str], out_dir: str, jobs: int = 2) -> dict[str, li
     """Train each command line in a process with one thread, `jobs` at a time: the log lines of each.
 
     `runs` maps the name of a folder in `out_dir` to the words after `python -m nanomoe.train`. What was
-    finished is not trained again, what was cut off goes on. Raises `RuntimeError` when a run fails other than
-    by diverging.
+    finished is not trained again, what was interrupted resumes. Raises `RuntimeError` when a run fails other
+    than by diverging.
     """
 
     def one(name: str) -> list[dict]:
@@ -809,7 +809,7 @@ __getattr__ = moved('optim', 'metrics', 'dataset')  # for names imported from he
 
 # %% ../nbs/09_train.ipynb #main
 def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:
-    "One line that says how the run is doing."
+    "One line of progress."
     loads = [[n / max(sum(layer), 1) for n in layer] for layer in r.load]
     experts = f'max load {max(map(max, loads)):.0%}  dropped {r.drop_rate:.1%}  ' if loads else ''
     # seconds
@@ -833,7 +833,7 @@ def print_progress(line: str, keep: bool):
 
 # %% ../nbs/09_train.ipynb #summary
 def heading(run: Trainer, given: list[str] = ()) -> str:
-    "What a run is about to do, which of the given options change nothing, and what it continues."
+    "What a run is about to do, the given options that have no effect, and what it resumes."
     cfg, (total, active) = run.cfg, n_params(run.model)
     passes, processes = run.tokens_per_step * cfg.max_iters / len(run.data), run.world.size
     lines = [
@@ -867,7 +867,9 @@ def heading(run: Trainer, given: list[str] = ()) -> str:
 
 
 def summary(out_dir: Path, data: TokenDataset, newest: Record | None = None) -> str:
-    "What the run in `out_dir` has reached, by its newest record or its log, beside general compressors."
+    """The result of the run in `out_dir`, from its newest record or its log, beside general-purpose
+    compressors.
+    """
     rows = read_log(out_dir / 'log.jsonl') + ([newest.row()] if newest else [])
     rows, entry = [row for row in rows if 'val_ce' in row], data.manifest['splits']['val']
     saved = checkpoint.steps(out_dir)
@@ -952,7 +954,7 @@ def run_cli(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> bool:
 
 # %% ../nbs/09_train.ipynb #command-end
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
-    "A wandb run when it is asked for, else None; a continued run goes on in the same."
+    "A wandb run when it is asked for, else None; a resumed run continues in the same."
     if cfg.tracker == 'none':
         return None
     import wandb

@@ -24,7 +24,7 @@ def check_alike(have: ModelConfig, cfg: ModelConfig, source: str):
 
 # %% ../nbs/41_upcycle.ipynb #check-upcycling
 def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
-    "How many slices each MLP is cut into, G; raises `BadInput` with the first rule that stands in the way."
+    "How many slices each MLP is cut into, G; raises `BadInput` with the first rule that is broken."
     width, F = dense.d_ff, cfg.d_expert
 
     def need(ok, rule, got):

@@ -554,7 +554,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_anew_or_left_to_its_new_ow
     next(records), next(records)
     shutil.rmtree(tmp_path / 'run', ignore_errors=True)  # a checkpoint may be on its way into it
     list(records)
-    assert 'was deleted or renamed; it is made anew' in capsys.readouterr().err
+    assert 'was deleted or renamed; it is recreated' in capsys.readouterr().err
     assert {'.lock', 'config.json', 'tokenizer.json', 'step-00000006'} <= {
         path.name for path in (tmp_path / 'run').iterdir()
     }

@@ -243,7 +243,7 @@ def test_an_evaluation_leaves_the_folder_as_it_is(alone, tmp_path):
     shutil.copytree(alone, tmp_path / 'run')
     before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
     done = run([sys.executable, *TINY, f'--out_dir={tmp_path}/run', '--eval_only=True', '--max_iters=999'])
-    assert 'held out' in done.stdout
+    assert 'validation' in done.stdout
     assert before == {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
 
 
