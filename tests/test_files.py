@@ -116,7 +116,7 @@ def test_no_file_executes_anything(dataset, tmp_path, capsys):
         shutil.copy(dataset / name, copy / name)
     np.save(copy / 'numbers_train_000000.npy', np.array([Bomb(marker)]), allow_pickle=True)
     (copy / 'numbers_train_000000.npy').rename(copy / 'numbers_train_000000.bin')
-    with pytest.raises(BadInput, match='no token file'):
+    with pytest.raises(BadInput, match='is not a token file'):
         read_all(copy)
     run = saved(tmp_path / 'run')  # digests and seal in order
     torch.save({'w': Bomb(marker)}, run / 'step-00000020' / 'model.safetensors')
