@@ -6,9 +6,9 @@
 __all__ = ['READERS', 'LONGEST', 'SHAKESPEARE_URL', 'SHAKESPEARE_SHA256', 'HUB', 'Document', 'in_val_split', 'text_blocks',
            'read_page', 'read_txt', 'ending', 'source_files', 'walk', 'domain_of', 'printable', 'file_documents',
            'is_utf8', 'in_words', 'arithmetic', 'numbers_documents', 'package_files', 'stdlib_files', 'docstrings',
-           'in_fixed_order', 'take', 'help_topics', 'onboard_documents', 'Source', 'in_memory_source', 'read_jsonl',
-           'strings', 'read_parquet', 'local_source', 'left_out', 'text_size', 'parquet_size', 'shakespeare',
-           'hub_documents', 'hub_source', 'only', 'hub_rows', 'nanogpts_split', 'saved', 'saved_rows']
+           'in_fixed_order', 'take', 'help_topics', 'onboard_documents', 'Source', 'in_memory_source', 'strings',
+           'read_jsonl', 'read_parquet', 'text_size', 'parquet_size', 'left_out', 'local_source', 'shakespeare',
+           'hub_documents', 'nanogpts_split', 'saved', 'saved_rows', 'only', 'hub_rows', 'hub_source']
 
 # %% ../nbs/36_corpora.ipynb #imports
 import ast, codecs, glob, gzip, hashlib, importlib.util, itertools, json, os, random, re, sysconfig
@@ -133,7 +133,7 @@ def walk(folder: Path) -> list[Path]:
         seen.add(here)
     return sorted(found)
 
-
+# %% ../nbs/36_corpora.ipynb #domain
 def domain_of(source: str | Path) -> str:
     "What a source's documents are called: its name without wildcards and endings."
     path = Path(source)
@@ -351,7 +351,28 @@ def in_memory_source(name: str, documents: Iterable[Document], max_tokens: int |
         stamp=(hashlib.sha256(repr(kept).encode()).hexdigest(),),
     )
 
-# %% ../nbs/36_corpora.ipynb #read-rows
+# %% ../nbs/36_corpora.ipynb #strings
+def strings(
+    line: bytes, columns: tuple[str, ...], where: str, errors: str = 'strict'
+) -> tuple[str | None, ...]:
+    "The strings under these names in one line of JSON, None for nulls."
+    row = None
+    try:
+        row = json.loads(line.decode(json.detect_encoding(line), errors))
+        for name in columns:
+            (row[name] or '').encode()  # half a surrogate pair is no text
+        return tuple(row[name] for name in columns)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    names = ' and '.join(f'"{name}"' for name in columns)
+    has = (
+        f' (it has {", ".join(map(printable, row))}; choose one with --text_column)'
+        if isinstance(row, dict) and row
+        else ''
+    )
+    raise BadInput(f'{where} must be a JSON object with a string under {names}{has}')
+
+
 LONGEST = 2**27  # bytes of one line of JSON
 
 
@@ -374,28 +395,7 @@ def read_jsonl(
     except OSError as e:
         raise BadInput(f'{path} cannot be read: {e.strerror}') from None
 
-
-def strings(
-    line: bytes, columns: tuple[str, ...], where: str, errors: str = 'strict'
-) -> tuple[str | None, ...]:
-    "The strings under these names in one line of JSON, None for nulls."
-    row = None
-    try:
-        row = json.loads(line.decode(json.detect_encoding(line), errors))
-        for name in columns:
-            (row[name] or '').encode()  # half a surrogate pair is no text
-        return tuple(row[name] for name in columns)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    names = ' and '.join(f'"{name}"' for name in columns)
-    has = (
-        f' (it has {", ".join(map(printable, row))}; choose one with --text_column)'
-        if isinstance(row, dict) and row
-        else ''
-    )
-    raise BadInput(f'{where} must be a JSON object with a string under {names}{has}')
-
-
+# %% ../nbs/36_corpora.ipynb #read-rows
 def read_parquet(
     path: Path, columns: tuple[str, ...] = ('text',), errors: str = 'strict'
 ) -> Iterator[tuple[str | None, ...]]:
@@ -425,51 +425,7 @@ def read_parquet(
 
 READERS |= {'.jsonl': read_jsonl, '.jsonl.gz': read_jsonl, '.parquet': read_parquet}
 
-# %% ../nbs/36_corpora.ipynb #local-source
-def local_source(
-    source: str,
-    columns: tuple[str, ...],
-    share: float,
-    max_tokens: int | None,
-    endings: tuple[str, ...] = (),
-    errors: str = 'strict',
-) -> Source:
-    """A file, a folder or a pattern, with a `share` of its documents for validation.
-
-    It is the same as long as its files are.
-    """
-    _, files = source_files(source, endings)
-    facts = [f.stat() for f in files]
-    return Source(
-        source,
-        lambda skip: itertools.islice(file_documents(source, columns, endings, errors), skip, None),
-        lambda d: in_val_split(d.text, share),
-        share,
-        max_tokens,
-        text_size(files, columns[0]),
-        tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, facts))
-        + columns
-        + (share, endings, errors),
-    )
-
-
-def left_out(source: str, endings: tuple[str, ...], errors: str) -> list[str]:
-    "A sentence each on the files of a source that are not read, and on those that are not UTF-8."
-    said = []
-    if Path(source).is_dir():
-        kinds = Counter(f.suffix.lower() or 'no ending' for f in walk(Path(source)) if not ending(f, endings))
-        counts = ', '.join(f'{kind} {n}' for kind, n in kinds.most_common(8))
-        if kinds:
-            said.append(
-                f'{source}: {kinds.total()} files of other endings are not read ({counts}); --endings '
-                'chooses which are'
-            )
-    odd = [f for f in source_files(source, endings)[1] if not is_utf8(f)] if errors != 'strict' else []
-    done = 'left out' if errors == 'skip' else 'read with U+FFFD in place of what cannot be decoded'
-    names = ', '.join(map(str, odd[:5])) + (' …' if len(odd) > 5 else '')
-    return said + ([f'{source}: {len(odd)} files that are not UTF-8 are {done}: {names}'] if odd else [])
-
-
+# %% ../nbs/36_corpora.ipynb #text-size
 def text_size(files: list[Path], column: str) -> int | None:
     "About how many bytes of text the files hold; None where only reading them would tell."
     if any(f.suffix.lower() == '.gz' for f in files):
@@ -495,6 +451,50 @@ def parquet_size(path: Path, column: str) -> int:
         for g in groups
         for i in range(g.num_columns)
         if g.column(i).path_in_schema == column
+    )
+
+# %% ../nbs/36_corpora.ipynb #left-out
+def left_out(source: str, endings: tuple[str, ...], errors: str) -> list[str]:
+    "A sentence each on the files of a source that are not read, and on those that are not UTF-8."
+    said = []
+    if Path(source).is_dir():
+        kinds = Counter(f.suffix.lower() or 'no ending' for f in walk(Path(source)) if not ending(f, endings))
+        counts = ', '.join(f'{kind} {n}' for kind, n in kinds.most_common(8))
+        if kinds:
+            said.append(
+                f'{source}: {kinds.total()} files of other endings are not read ({counts}); --endings '
+                'chooses which are'
+            )
+    odd = [f for f in source_files(source, endings)[1] if not is_utf8(f)] if errors != 'strict' else []
+    done = 'left out' if errors == 'skip' else 'read with U+FFFD in place of what cannot be decoded'
+    names = ', '.join(map(str, odd[:5])) + (' …' if len(odd) > 5 else '')
+    return said + ([f'{source}: {len(odd)} files that are not UTF-8 are {done}: {names}'] if odd else [])
+
+# %% ../nbs/36_corpora.ipynb #local-source
+def local_source(
+    source: str,
+    columns: tuple[str, ...],
+    share: float,
+    max_tokens: int | None,
+    endings: tuple[str, ...] = (),
+    errors: str = 'strict',
+) -> Source:
+    """A file, a folder or a pattern, with a `share` of its documents for validation.
+
+    It is the same as long as its files are.
+    """
+    _, files = source_files(source, endings)
+    facts = [f.stat() for f in files]
+    return Source(
+        source,
+        lambda skip: itertools.islice(file_documents(source, columns, endings, errors), skip, None),
+        lambda d: in_val_split(d.text, share),
+        share,
+        max_tokens,
+        text_size(files, columns[0]),
+        tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, facts))
+        + columns
+        + (share, endings, errors),
     )
 
 # %% ../nbs/36_corpora.ipynb #shakespeare
@@ -554,67 +554,11 @@ def hub_documents(
             f'{name} must hold {expected:,} documents, got {count:,}: what was written is only a part of it'
         )
 
-# %% ../nbs/36_corpora.ipynb #hub-source
+# %% ../nbs/36_corpora.ipynb #nanogpt-split
 HUB = {
     'openwebtext': ('Skylion007/openwebtext', None, 8_013_769),  # id, subset, documents
     'fineweb-edu': ('HuggingFaceFW/fineweb-edu', 'sample-10BT', None),
 }
-
-
-def hub_source(
-    name: str, subset: str | None, columns: tuple[str, ...], share: float | None, max_tokens: int | None
-) -> Source:
-    """A dataset of the Hugging Face hub, or a folder of one, streamed.
-
-    Raises `BadInput` when it cannot be had.
-    """
-    path, usual, expected = HUB.get(name, (name, None, None))
-    subset = subset or usual
-    if saved(path):
-        rows, version = saved_rows(path)
-    else:
-        rows, version = hub_rows(path, subset)
-    rows = only(rows, columns, path)
-    is_val = nanogpts_split() if name == 'openwebtext' else lambda d: in_val_split(d.text, share or 0.0005)
-    return Source(
-        name,
-        lambda skip: hub_documents(rows, columns, path, skip, None if max_tokens else expected),
-        is_val,
-        share or 0.1,
-        max_tokens,
-        stamp=(path, subset, version, *columns, share),
-    )
-
-
-def only(rows, columns: tuple[str, ...], name: str):
-    """The rows with these columns alone, so that none besides is decoded.
-
-    Raises `BadInput` where one is missing.
-    """
-    have = rows.column_names or columns  # unknown before the first row of some
-    for column in columns:
-        if column not in have:
-            raise BadInput(
-                f'{name} has no column of strings named {column}; it has: {", ".join(have)}; say which '
-                'with --text_column'
-            )
-    return rows.select_columns(list(columns)) if rows.column_names else rows
-
-
-def hub_rows(path: str, subset: str | None):
-    """The rows of the newest version of a dataset of the hub, and which that is: it stays the same after a
-    kill.
-    """
-    import datasets, huggingface_hub
-
-    try:
-        version = None if Path(path).exists() else huggingface_hub.HfApi().dataset_info(path).sha
-        return datasets.load_dataset(path, subset, split='train', streaming=True, revision=version), version
-    except Exception as e:  # each library on the way has its own
-        raise BadInput(
-            f'{path} is no file or folder here, and the Hugging Face hub does not give it: '
-            f'{(str(e).strip() or type(e).__name__).splitlines()[0]}'
-        ) from None
 
 
 def nanogpts_split():
@@ -650,3 +594,59 @@ def saved_rows(path: str):
             f'{path} holds no dataset with a split named train that can be read '
             f'({(str(e).strip() or type(e).__name__).splitlines()[0]})'
         ) from None
+
+
+def only(rows, columns: tuple[str, ...], name: str):
+    """The rows with these columns alone, so that none besides is decoded.
+
+    Raises `BadInput` where one is missing.
+    """
+    have = rows.column_names or columns  # unknown before the first row of some
+    for column in columns:
+        if column not in have:
+            raise BadInput(
+                f'{name} has no column of strings named {column}; it has: {", ".join(have)}; say which '
+                'with --text_column'
+            )
+    return rows.select_columns(list(columns)) if rows.column_names else rows
+
+# %% ../nbs/36_corpora.ipynb #hub-source
+def hub_rows(path: str, subset: str | None):
+    """The rows of the newest version of a dataset of the hub, and which that is: it stays the same after a
+    kill.
+    """
+    import datasets, huggingface_hub
+
+    try:
+        version = None if Path(path).exists() else huggingface_hub.HfApi().dataset_info(path).sha
+        return datasets.load_dataset(path, subset, split='train', streaming=True, revision=version), version
+    except Exception as e:  # each library on the way has its own
+        raise BadInput(
+            f'{path} is no file or folder here, and the Hugging Face hub does not give it: '
+            f'{(str(e).strip() or type(e).__name__).splitlines()[0]}'
+        ) from None
+
+
+def hub_source(
+    name: str, subset: str | None, columns: tuple[str, ...], share: float | None, max_tokens: int | None
+) -> Source:
+    """A dataset of the Hugging Face hub, or a folder of one, streamed.
+
+    Raises `BadInput` when it cannot be had.
+    """
+    path, usual, expected = HUB.get(name, (name, None, None))
+    subset = subset or usual
+    if saved(path):
+        rows, version = saved_rows(path)
+    else:
+        rows, version = hub_rows(path, subset)
+    rows = only(rows, columns, path)
+    is_val = nanogpts_split() if name == 'openwebtext' else lambda d: in_val_split(d.text, share or 0.0005)
+    return Source(
+        name,
+        lambda skip: hub_documents(rows, columns, path, skip, None if max_tokens else expected),
+        is_val,
+        share or 0.1,
+        max_tokens,
+        stamp=(path, subset, version, *columns, share),
+    )

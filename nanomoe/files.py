@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['home', 'resolve', 'print_status', 'output_closed', 'checksum', 'with_checksum', 'read_with_checksum', 'fsync',
-           'sha256', 'put_in_place', 'put_back', 'cut_log', 'write_whole', 'Log', 'log_row', 'numbers', 'log_lines',
+           'sha256', 'put_in_place', 'put_back', 'write_whole', 'log_lines', 'cut_log', 'log_row', 'numbers', 'Log',
            'Lines', 'finite']
 
 # %% ../nbs/32_files.ipynb #imports
@@ -112,14 +112,7 @@ def put_back(folder: Path):
     elif aside.exists():
         os.replace(aside, folder)
 
-# %% ../nbs/32_files.ipynb #log
-def cut_log(path: Path, step: int):
-    "Leave out the lines after `step` and a last one cut off by a crash; the file is replaced at once."
-    whole = ''.join(line + '\n' for line, row in log_lines(path) if row['step'] <= step)
-    if not path.exists() or path.read_bytes() != whole.encode():
-        write_whole(path, whole)
-
-
+# %% ../nbs/32_files.ipynb #write-whole
 def write_whole(path: Path, text: str):
     "Give a file this content at once; raises `OSError`, and leaves it as it was, where that cannot be done."
     made = path.with_name(f'.tmp-{path.name}')
@@ -130,6 +123,63 @@ def write_whole(path: Path, text: str):
         made.unlink(missing_ok=True)
 
 
+def log_lines(path: str | Path) -> list[tuple[str, dict]]:
+    "The valid lines of a log, each as bytes and parsed."
+    rows, lines = [], Path(path).read_bytes().split(b'\n') if Path(path).exists() else []
+    for number, line in enumerate(lines[:-1], 1):  # behind the last line's end is one that is not whole
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get('step')) is int:
+            rows.append((line.decode(), row))
+        elif line:
+            print_status(f'{path} line {number} cannot be read and is left out', sys.stderr)
+    return rows
+
+
+def cut_log(path: Path, step: int):
+    "Leave out the lines after `step` and a last one cut off by a crash; the file is replaced at once."
+    whole = ''.join(line + '\n' for line, row in log_lines(path) if row['step'] <= step)
+    if not path.exists() or path.read_bytes() != whole.encode():
+        write_whole(path, whole)
+
+# %% ../nbs/32_files.ipynb #log-row
+def log_row(line: bytes, parse: Callable[[dict], dict]) -> dict | None:
+    "A line's row, which names its step, or None where it holds none."
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get('step')) is not int:
+        return None
+    try:
+        return parse(row)
+    except (ValueError, RecursionError):
+        return None
+
+
+def numbers(value):
+    """Numbers, also in lists of equal shape and in dictionaries, with NaN for None.
+
+    Raises `ValueError` for anything else.
+    """
+    if value is None:
+        return math.nan
+    if type(value) is float or type(value) is int and abs(value) < 2**63:
+        return value
+    if isinstance(value, dict):
+        return {key: numbers(part) for key, part in value.items()}
+    if not isinstance(value, list):
+        raise ValueError(f'no number: {value!r:.50}')
+    parts = [numbers(part) for part in value]
+    if len({len(part) if isinstance(part, list | dict) else -1 for part in parts}) > 1:
+        raise ValueError('parts of unequal length')
+    if any(isinstance(part, dict) for part in parts):
+        raise ValueError('a dictionary in a list')
+    return parts
+
+# %% ../nbs/32_files.ipynb #log
 class Log:
     """A growing file of JSON lines, such as a run's log.jsonl.
 
@@ -165,56 +215,6 @@ class Log:
             self.rows = self.rows + [row for row in rows if row is not None]
             self.at, self.number = self.at + new.rfind(b'\n') + 1, self.number + len(lines)
         return self.rows
-
-
-def log_row(line: bytes, parse: Callable[[dict], dict]) -> dict | None:
-    "A line's row, which names its step, or None where it holds none."
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or type(row.get('step')) is not int:
-        return None
-    try:
-        return parse(row)
-    except (ValueError, RecursionError):
-        return None
-
-
-def numbers(value):
-    """Numbers, also in lists of equal shape and in dictionaries, with NaN for None.
-
-    Raises `ValueError` for anything else.
-    """
-    if value is None:
-        return math.nan
-    if type(value) is float or type(value) is int and abs(value) < 2**63:
-        return value
-    if isinstance(value, dict):
-        return {key: numbers(part) for key, part in value.items()}
-    if not isinstance(value, list):
-        raise ValueError(f'no number: {value!r:.50}')
-    parts = [numbers(part) for part in value]
-    if len({len(part) if isinstance(part, list | dict) else -1 for part in parts}) > 1:
-        raise ValueError('parts of unequal length')
-    if any(isinstance(part, dict) for part in parts):
-        raise ValueError('a dictionary in a list')
-    return parts
-
-
-def log_lines(path: str | Path) -> list[tuple[str, dict]]:
-    "The valid lines of a log, each as bytes and parsed."
-    rows, lines = [], Path(path).read_bytes().split(b'\n') if Path(path).exists() else []
-    for number, line in enumerate(lines[:-1], 1):  # behind the last line's end is one that is not whole
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and type(row.get('step')) is int:
-            rows.append((line.decode(), row))
-        elif line:
-            print_status(f'{path} line {number} cannot be read and is left out', sys.stderr)
-    return rows
 
 # %% ../nbs/32_files.ipynb #lines-file
 class Lines:

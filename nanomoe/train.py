@@ -926,7 +926,7 @@ def run_cli(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> bool:
     "Run `train`, telling the terminal and the tracker how it goes; returns whether it came to its end."
     speaks = not launched_rank()
     if cfg.tracker == 'wandb' and importlib.util.find_spec('wandb') is None:
-        raise BadInput("tracker wandb needs the package wandb; install it with: pip install -e '.[wandb]'")
+        raise BadInput("tracker wandb requires the package wandb; install it with: pip install -e '.[wandb]'")
     first, started, r, tracker = None, time.perf_counter(), None, None
     for r in train(model_cfg, cfg, lambda run: print_status(heading(run, given)) if speaks else None):
         if not speaks:

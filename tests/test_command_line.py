@@ -203,7 +203,11 @@ BAD = {
         'tiny --dataset {bad}/flipped',
         'numbers_train_000000.bin is damaged: not what was written; prepare the dataset again',
     ),
-    'cut off file': (train, 'tiny --dataset {bad}/cut', 'numbers_val_000000.bin is damaged: its header claims'),
+    'cut off file': (
+        train,
+        'tiny --dataset {bad}/cut',
+        'numbers_val_000000.bin is damaged: its header claims',
+    ),
     'raw numbers': (
         train,
         'tiny --dataset {bad}/raw',
@@ -523,7 +527,9 @@ def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     code, message = said(train, ['tiny', '--tracker=wandb', f'--out_dir={tmp_path}/run'], capsys)
     assert (
-        code == 2 and 'tracker wandb requires the package wandb' in message and not (tmp_path / 'run').exists()
+        code == 2
+        and 'tracker wandb requires the package wandb' in message
+        and not (tmp_path / 'run').exists()
     )
 
 

@@ -281,20 +281,16 @@ def test_readme_is_made_from_the_index(tmp_path):
 # lines of exported cells with no cell between that runs them, where there are more than 60: these may only
 # fall
 STRETCHES = {
+    '33_command_line': 65,  # one table: the help of each program
+    '35_dataset': 63,  # one class
+    '37_data': 63,  # one function, twice
     '09_train': 411,
-    '37_data': 331,
-    '45_report': 185,
     '31_presets': 153,
     '23_sizing': 148,
-    '33_command_line': 126,
     '43_bench': 117,
     '40_huggingface': 114,
-    '32_files': 102,
     '07_model': 97,
-    '36_corpora': 93,
-    '35_dataset': 87,
     '39_checkpoint': 85,
-    '34_tokenizer': 80,
     '10_sample': 77,
     '11_parallel': 74,
     '30_config': 79,  # one dataclass
