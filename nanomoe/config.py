@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OTHER_NAMES', 'RENAMED', 'REMOVED', 'RENAMED_VALUES', 'CHANGEABLE', 'ModelConfig', 'TrainConfig', 'BadInput',
-           'likeness', 'nearest', 'no_option', 'check_name', 'field_names', 'to_dict', 'from_dict', 'of_earlier',
-           'check_kinds', 'renamed_value', 'spelled', 'model_problems', 'allowed_changes', 'train_problems',
-           'conflicts', 'check', 'without_effect', 'moved']
+           'likeness', 'nearest', 'no_option', 'check_name', 'check_kinds', 'renamed_value', 'spelled', 'field_names',
+           'to_dict', 'from_dict', 'of_earlier', 'model_problems', 'allowed_changes', 'train_problems', 'conflicts',
+           'check', 'without_effect', 'moved']
 
 # %% ../nbs/30_config.ipynb #imports
 import dataclasses, difflib, importlib, math, types, typing, warnings
@@ -174,7 +174,7 @@ REMOVED = {
 }
 RENAMED_VALUES = {('balance', 'sequence'): 'balance_over=sequence'}
 
-
+# %% ../nbs/30_config.ipynb #nearest
 def likeness(word: str, name: str) -> float:
     "How alike two names are, 0 to 1: by their letters, or by the parts of `word` that begin parts of `name`."
     word, name = (text.lower().replace('-', '_') for text in (word, name))
@@ -211,40 +211,7 @@ def check_name(name: str, names: list[str] | None = None):
     if name not in names:
         raise BadInput(no_option(name, names, '--'))
 
-# %% ../nbs/30_config.ipynb #fields
-def field_names(*configs) -> list[str]:
-    "Names of all options of the given dataclasses, in order."
-    return [f.name for c in configs or (ModelConfig, TrainConfig) for f in dataclasses.fields(c)]
-
-
-def to_dict(model: ModelConfig, train: TrainConfig) -> dict:
-    "Both configurations as one flat dictionary, as `config.json` of a run holds it."
-    return {**dataclasses.asdict(model), **dataclasses.asdict(train)}
-
-
-def from_dict(flat: dict) -> tuple[ModelConfig, TrainConfig]:
-    "The inverse of `to_dict`; raises `BadInput` for a option that does not exist."
-    if not isinstance(flat, dict):
-        raise BadInput(f'settings must be names and their values, got {flat!r:.200}')
-    for name in flat:
-        check_name(name)
-    pick = lambda cls: check_kinds(cls(**{n: flat[n] for n in field_names(cls) if n in flat}))
-    return pick(ModelConfig), pick(TrainConfig)
-
-
-def of_earlier(flat: dict) -> dict:
-    "The settings of a run that an earlier version wrote, under the present names; others as they are."
-    if 'gates' not in flat:
-        return flat
-    flat = {RENAMED.get(name, name): value for name, value in flat.items() if name not in REMOVED}
-    flat['norm_topk_prob'] = flat['norm_topk_prob'] == 'chosen'
-    if flat.get('balance') == 'sequence':
-        flat |= dict(balance='switch', balance_over='sequence')
-    if flat.get('n_experts') == 1:
-        flat |= dict(mlp_width=flat.get('expert_width'), expert_width=None)
-    return flat
-
-
+# %% ../nbs/30_config.ipynb #kinds
 def check_kinds(cfg):
     """The settings; raises `BadInput` unless each value is of its field's kind, as what a file says need not
     be.
@@ -285,6 +252,39 @@ def spelled(kind) -> str:
     return {int: 'an integer', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}.get(
         kind, 'a list of texts'
     )
+
+# %% ../nbs/30_config.ipynb #fields
+def field_names(*configs) -> list[str]:
+    "Names of all options of the given dataclasses, in order."
+    return [f.name for c in configs or (ModelConfig, TrainConfig) for f in dataclasses.fields(c)]
+
+
+def to_dict(model: ModelConfig, train: TrainConfig) -> dict:
+    "Both configurations as one flat dictionary, as `config.json` of a run holds it."
+    return {**dataclasses.asdict(model), **dataclasses.asdict(train)}
+
+
+def from_dict(flat: dict) -> tuple[ModelConfig, TrainConfig]:
+    "The inverse of `to_dict`; raises `BadInput` for a option that does not exist."
+    if not isinstance(flat, dict):
+        raise BadInput(f'settings must be names and their values, got {flat!r:.200}')
+    for name in flat:
+        check_name(name)
+    pick = lambda cls: check_kinds(cls(**{n: flat[n] for n in field_names(cls) if n in flat}))
+    return pick(ModelConfig), pick(TrainConfig)
+
+
+def of_earlier(flat: dict) -> dict:
+    "The settings of a run that an earlier version wrote, under the present names; others as they are."
+    if 'gates' not in flat:
+        return flat
+    flat = {RENAMED.get(name, name): value for name, value in flat.items() if name not in REMOVED}
+    flat['norm_topk_prob'] = flat['norm_topk_prob'] == 'chosen'
+    if flat.get('balance') == 'sequence':
+        flat |= dict(balance='switch', balance_over='sequence')
+    if flat.get('n_experts') == 1:
+        flat |= dict(mlp_width=flat.get('expert_width'), expert_width=None)
+    return flat
 
 # %% ../nbs/30_config.ipynb #check-model
 def model_problems(m: ModelConfig) -> list[str]:

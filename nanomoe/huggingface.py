@@ -174,7 +174,7 @@ def gpt2_shape(config: dict) -> ModelConfig:
         n_experts=1,
     )
 
-# %% ../nbs/40_huggingface.ipynb #qwen3-shape
+# %% ../nbs/40_huggingface.ipynb #qwen3-entries
 def qwen3_entries(cfg: ModelConfig) -> dict:
     "The entries of a Qwen3 configuration that describe the shape."
     return dict(
@@ -200,7 +200,7 @@ def qwen3_moe_entries(cfg: ModelConfig) -> dict:
         norm_topk_prob=cfg.norm_topk_prob,
     )
 
-
+# %% ../nbs/40_huggingface.ipynb #qwen3-shape
 def qwen3_shape(config: dict) -> ModelConfig:
     """The shape of a Qwen3, dense or with experts, from its configuration.
 
@@ -255,7 +255,7 @@ def with_experts(cfg: ModelConfig, config: dict) -> ModelConfig:
         expert_width=None if width == (dense or 4 * cfg.n_embd) else width,
     )
 
-# %% ../nbs/40_huggingface.ipynb #architecture
+# %% ../nbs/40_huggingface.ipynb #limits
 class Architecture(NamedTuple):
     "A family of models in `transformers` that computes what some of ours do: all that the two-way road needs"
 
@@ -283,8 +283,10 @@ def qwen3_moe_limits(cfg: ModelConfig) -> list[str]:
     wrong = [f'n_embd and expert_width in multiples of 4 (here {cfg.n_embd} and {width})'] * bool(uneven)
     return wrong + ['balance other than bias'] * (cfg.balance == 'bias')
 
-
+# %% ../nbs/40_huggingface.ipynb #architecture
 _qwen3 = dict(positions='rotary', norm='rmsnorm', activation='swiglu', qk_norm=True, bias=False)
+
+
 ARCHITECTURES = {
     'qwen3_moe': Architecture(
         'Qwen3MoeConfig',

@@ -53,7 +53,6 @@ _onboard_run = TrainConfig(optimizer='muon', learning_rate=1e-2)
 _parts_of_qwen3 = dict(
     positions='rotary', norm='rmsnorm', qk_norm=True, activation='swiglu', norm_topk_prob=True
 )
-_baseline = _gpt2_run | dict(batch_size=8, eval_iters=500, eval_only=True)
 _presets = {
     'tiny': (
         ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, n_experts=4, moe_every=1),
@@ -74,6 +73,10 @@ _presets = {
     ),
     'onboard': (ModelConfig(moe_every=1, expert_width=128, positions='rotary'), _onboard_run),
     'onboard_modern': (ModelConfig(**_parts_of_qwen3, moe_every=1, expert_width=88), _onboard_run),
+}
+
+# %% ../nbs/31_presets.ipynb #published-presets
+_presets |= {
     'nano_moe': (
         ModelConfig(
             **_original,
@@ -107,6 +110,10 @@ _presets = {
         replace(gpt2_config('gpt2'), vocab_size=50304, bias=False, activation='gelu'),
         TrainConfig(**_gpt2_run | dict(eval_interval=1000)),
     ),
+}
+
+# %% ../nbs/31_presets.ipynb #shakespeare-presets
+_presets |= {
     'shakespeare': (
         ModelConfig(n_embd=256, dropout=0.2),
         TrainConfig(
@@ -141,6 +148,7 @@ _presets = {
 }
 
 # %% ../nbs/31_presets.ipynb #gpt2-presets
+_baseline = _gpt2_run | dict(batch_size=8, eval_iters=500, eval_only=True)
 for _name in GPT2_SIZES:
     _presets['eval_' + _name.replace('-', '_')] = (
         gpt2_config(_name),
@@ -164,6 +172,7 @@ _presets['finetune_shakespeare'] = (
     ),
 )
 
+# %% ../nbs/31_presets.ipynb #presets-by-name
 PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     name: (model, replace(train, out_dir=f'out/{name}')) for name, (model, train) in _presets.items()
 }

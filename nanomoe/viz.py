@@ -8,7 +8,7 @@ __all__ = ['paper', 'load_ratio', 'expert_color', 'luminance', 'text_color', 'ti
            'load_bars', 'ratio_map', 'load_heatmap', 'finite', 'routed_rows', 'load_history', 'history_rows',
            'downsample', 'curve_points', 'loss_curve', 'domain_load', 'specialization', 'token_class', 'class_load',
            'label_style', 'render_html', 'top_tokens', 'top_tokens_table', 'visible', 'colored_text', 'legend',
-           'decisions', 'confidence', 'layer_colors', 'explore', 'draw_model', 'draw_stack', 'draw_experts',
+           'decisions', 'confidence', 'layer_colors', 'explore', 'draw_stack', 'draw_experts', 'draw_model',
            'settled_share', 'saturation', 'coactivation_rate', 'coactivation', 'flow']
 
 # %% ../nbs/05_viz.ipynb #imports
@@ -325,7 +325,7 @@ def class_load(pieces: Sequence[str], expert_ids, n_experts: int) -> tuple[list[
     ids = np.asarray(expert_ids)
     return names, np.array([np.bincount(ids[classes == name].ravel(), minlength=n_experts) for name in names])
 
-# %% ../nbs/05_viz.ipynb #render-html
+# %% ../nbs/05_viz.ipynb #html
 @functools.cache
 def _template(source: str) -> jinja2.Template:
     "A compiled template; what it fills in is escaped, and control characters are written out."
@@ -484,30 +484,6 @@ def explore(draw: Callable[..., Figure | str], **controls):
     display({**bundle, **still, 'text/plain': f'explore({", ".join(controls)})'}, raw=True)
     return box
 
-# %% ../nbs/05_viz.ipynb #draw-model
-def draw_model(cfg: ModelConfig) -> Figure:
-    "The architecture of a configuration: the stack of blocks, and the inside of one that has experts."
-    sparse = [cfg.n_experts > 1 and i % cfg.moe_every == 0 for i in range(cfg.n_layer)]
-    fig = new_figure(7.6 if any(sparse) else 2.7, 4.2)
-    ax = fig.subplots()
-    ax.set(xlim=(0, 100 if any(sparse) else 36), ylim=(0, 62))
-    ax.axis('off')
-
-    def box(x, y, w, h, text, color, size=8):
-        edge = 'none' if text == '…' else '#444444'
-        look = dict(boxstyle='round,pad=0.4', facecolor=color, edgecolor=edge, lw=0.8)
-        ax.add_patch(matplotlib.patches.FancyBboxPatch((x, y), w, h, **look))
-        ax.text(x + w / 2, y + h / 2, text, ha='center', va='center', fontsize=size, color=text_color(color))
-
-    def arrow(x0, y0, x1, y1, color='#444444', lw=1.0):
-        look = dict(arrowstyle='-|>', color=color, lw=lw, shrinkA=0, shrinkB=0)
-        ax.annotate('', (x1, y1), (x0, y0), arrowprops=look)
-
-    if any(sparse):
-        draw_experts(cfg, box, arrow)
-    draw_stack(cfg, sparse, box, arrow)
-    return fig
-
 # %% ../nbs/05_viz.ipynb #draw-stack
 def draw_stack(cfg: ModelConfig, sparse: list[bool], box, arrow):
     "Left part of the architecture: tokens in, blocks, tokens out; of many blocks the first and the last."
@@ -552,6 +528,30 @@ def draw_experts(cfg: ModelConfig, box, arrow):
     box(57, 15, 24, 5, f'router scores {n} experts,\nkeeps the best {cfg.top_k}', '#fff3cd')
     box(84, 15, 13, 5, f'an expert:\n{cfg.n_embd} → {width} → {cfg.n_embd}', '#ffffff', 6)
     box(55, 51, 28, 4, 'gates × results, added up (C)', '#eeeeee')
+
+# %% ../nbs/05_viz.ipynb #draw-model
+def draw_model(cfg: ModelConfig) -> Figure:
+    "The architecture of a configuration: the stack of blocks, and the inside of one that has experts."
+    sparse = [cfg.n_experts > 1 and i % cfg.moe_every == 0 for i in range(cfg.n_layer)]
+    fig = new_figure(7.6 if any(sparse) else 2.7, 4.2)
+    ax = fig.subplots()
+    ax.set(xlim=(0, 100 if any(sparse) else 36), ylim=(0, 62))
+    ax.axis('off')
+
+    def box(x, y, w, h, text, color, size=8):
+        edge = 'none' if text == '…' else '#444444'
+        look = dict(boxstyle='round,pad=0.4', facecolor=color, edgecolor=edge, lw=0.8)
+        ax.add_patch(matplotlib.patches.FancyBboxPatch((x, y), w, h, **look))
+        ax.text(x + w / 2, y + h / 2, text, ha='center', va='center', fontsize=size, color=text_color(color))
+
+    def arrow(x0, y0, x1, y1, color='#444444', lw=1.0):
+        look = dict(arrowstyle='-|>', color=color, lw=lw, shrinkA=0, shrinkB=0)
+        ax.annotate('', (x1, y1), (x0, y0), arrowprops=look)
+
+    if any(sparse):
+        draw_experts(cfg, box, arrow)
+    draw_stack(cfg, sparse, box, arrow)
+    return fig
 
 # %% ../nbs/05_viz.ipynb #saturation
 def settled_share(snapshots) -> np.ndarray:

@@ -278,24 +278,12 @@ def test_readme_is_made_from_the_index(tmp_path):
         assert made.read_bytes() == (ROOT / made.relative_to(tmp_path)).read_bytes(), made.name
 
 
-# lines of exported cells with no cell between that runs them, where there are more than 60: these may only
-# fall
+# Lines of exported cells with no cell between that runs them, where one definition has more than 60
 STRETCHES = {
-    '33_command_line': 65,  # one table: the help of each program
-    '35_dataset': 63,  # one class
-    '37_data': 63,  # one function, twice
-    '09_train': 411,
-    '31_presets': 153,
-    '23_sizing': 148,
-    '43_bench': 117,
-    '40_huggingface': 114,
-    '07_model': 97,
-    '39_checkpoint': 85,
-    '10_sample': 77,
-    '11_parallel': 74,
-    '30_config': 79,  # one dataclass
-    '05_viz': 63,
-    '42_pretrained': 61,
+    '33_command_line': 65,  # the help of each program
+    '30_config': 65,  # a dataclass
+    '35_dataset': 63,  # a class
+    '37_data': 63,  # a function, twice
 }
 
 
