@@ -234,21 +234,20 @@ class Watchdog:
     def verdict(self) -> str:
         "Which process is stuck, or nothing if another process is to report it."
         end = (
-            f'progress for {self.timeout:.0f} seconds, so all end; the same command resumes from the last '
+            f'made no progress for {self.timeout:.0f} seconds; all processes exit, and the same command '
+            'resumes from the last '
             'checkpoint'
         )
         try:
             told = [self.store.get(str(rank)).decode().split() for rank in range(self.size)]
         except RuntimeError:
-            return (
-                f'the process that holds the others together has gone, and process {self.rank} has not {end}'
-            )
+            return f'the process that hosts the store is gone, and process {self.rank} {end}'
         counts = [int(count) for count, _, _ in told]
         late = [rank for rank, count in enumerate(counts) if count == min(counts)]
         if len(late) < self.size and self.rank != min(set(range(self.size)) - set(late)):
             return ''
         names = ' and '.join(f'process {rank} (pid {told[rank][1]} on {told[rank][2]})' for rank in late)
-        who = f'none of the {self.size} processes has' if len(late) == self.size else f'{names} has not'
+        who = f'all {self.size} processes' if len(late) == self.size else names
         return f'{who} {end}'
 
 # %% ../nbs/11_parallel.ipynb #start
