@@ -26,10 +26,10 @@ class KVCache:
             raise ValueError(f'cache holds {self.size} positions, got {self.length + k.size(2)}')
         if self.length == 0:
             self.k, self.v = (t.new_empty(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
-        here = slice(self.length, self.length + k.size(2))
-        self.k[:, :, here], self.v[:, :, here] = k, v
-        self.length = here.stop
-        return self.k[:, :, : here.stop], self.v[:, :, : here.stop]
+        span = slice(self.length, self.length + k.size(2))
+        self.k[:, :, span], self.v[:, :, span] = k, v
+        self.length = span.stop
+        return self.k[:, :, : span.stop], self.v[:, :, : span.stop]
 
 # %% ../nbs/06_attention.ipynb #fixed-cache
 class FixedKVCache(KVCache):
@@ -50,9 +50,9 @@ class FixedKVCache(KVCache):
             self.k, self.v = (t.new_zeros(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
             for t in (self.k, self.v, self.length):
                 torch._dynamo.mark_static_address(t)  # a CUDA graph may write
-        here = self.length + torch.arange(k.size(2), device=k.device)
-        self.k.index_copy_(2, here, k)
-        self.v.index_copy_(2, here, v)
+        positions = self.length + torch.arange(k.size(2), device=k.device)
+        self.k.index_copy_(2, positions, k)
+        self.v.index_copy_(2, positions, v)
         self.length += k.size(2)
         return self.k, self.v
 

@@ -60,18 +60,18 @@ def make_layer(name: str, b: Bench) -> torch.nn.Module:
     nanoMoE's layer.
     """
     torch.manual_seed(0)
-    kind, _, part = name.partition(' ')
+    kind, _, variant = name.partition(' ')
     cfg = ModelConfig(
         n_embd=b.n_embd,
         n_head=1,
         n_experts=b.n_experts,
         top_k=b.top_k,
         expert_width=b.expert_width,
-        activation='swiglu' if part == 'swiglu' else 'gelu',
+        activation='swiglu' if variant == 'swiglu' else 'gelu',
         capacity_factor=1.25 if kind == 'capacity' else None,
     )
     if kind == 'Mixtral':
-        layer = mixtral_block(part, b)
+        layer = mixtral_block(variant, b)
     elif kind == 'original':
         layer = original_layer(b)
     else:
@@ -163,7 +163,7 @@ def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
     experts, rotary positions, RMS norms.
     """
     torch.manual_seed(0)
-    kind, _, part = name.partition(' ')
+    kind, _, variant = name.partition(' ')
     cfg = replace(PRESETS[b.preset][0], vocab_size=PRESETS[b.preset][0].vocab_size or 4096)
     if kind == 'modern':
         cfg = replace(cfg, moe_every=1, activation='swiglu', positions='rotary', norm='rmsnorm')
@@ -172,9 +172,9 @@ def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
     if kind == 'original':
         return original_model(b, cfg), cfg
     if kind == 'Mixtral':
-        return mixtral_model(part, cfg), cfg
+        return mixtral_model(variant, cfg), cfg
     model = GPT(cfg)
-    if kind == 'dense' or part == 'dense':
+    if kind == 'dense' or variant == 'dense':
         for i in moe_layers(cfg):
             model.h[i].mlp = MLP(cfg, cfg.top_k * cfg.d_expert)
     return model, cfg
@@ -320,12 +320,12 @@ def measure_peak(name: str, b: Bench, make: Callable) -> int:
     if device.type == 'cuda':
         torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # cuBLAS's workspace is nobody's
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        base = torch.cuda.memory_allocated(device)
     else:
         Path('/proc/self/clear_refs').write_text('5')  # 5 resets the peak
-        before = resident('VmRSS')
+        base = resident('VmRSS')
     run()
-    return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else resident('VmHWM')) - before
+    return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else resident('VmHWM')) - base
 
 
 def peak_memory(name: str, b: Bench, make: Callable = make_pass) -> float:
@@ -478,10 +478,10 @@ def data(b: Bench) -> list[dict]:
             name: lambda s=s: training_batch(s, next(numbers) * B, B, T, seed=0) for name, s in shards.items()
         }
         times = interleaved(cases | {'nanoGPT, 1 file': lambda: as_nanogpt(path, B, T)}, 20 * b.repeats)
-    ms = {name: 1e3 * statistics.median(each) for name, each in times.items()}
+    ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     return [
-        dict(case=name, ms=one, million_tok_per_s=B * T / one / 1e3, speedup=ms['nanoGPT, 1 file'] / one)
-        for name, one in ms.items()
+        dict(case=name, ms=t, million_tok_per_s=B * T / t / 1e3, speedup=ms['nanoGPT, 1 file'] / t)
+        for name, t in ms.items()
     ]
 
 # %% ../nbs/43_bench.ipynb #table

@@ -74,14 +74,14 @@ def round_numbers(low: float, high: float) -> list[float]:
 # %% ../nbs/44_board.ipynb #board-charts
 def svg_loss(rows: Sequence[dict]) -> str:
     "`curve_points`: of the training batches as a line, of validation text as dots."
-    unit, trained, held = curve_points(rows)
-    trained, held = downsample(trained, 240), downsample(held, 60)
-    heights = [loss for _, loss in trained + held]
+    unit, trained, val_points = curve_points(rows)
+    trained, val_points = downsample(trained, 240), downsample(val_points, 60)
+    heights = [loss for _, loss in trained + val_points]
     if not heights:
         return svg_words(36, 60, 'no loss is finite', 'start')
     panel = Panel(36, 290, (rows[0]['step'], rows[-1]['step']), (min(heights), max(heights)))
     line = panel.points(*np.reshape(trained, (-1, 2)).T)
-    dots = [(panel.across(step), panel.down(loss)) for step, loss in held]
+    dots = [(panel.across(step), panel.down(loss)) for step, loss in val_points]
     return (
         f'<polyline points="{line}" fill="none" stroke="#56B4E9" stroke-width="1.5"/>'
         + ''.join(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="3.5" fill="#0072B2"/>' for x, y in dots)
@@ -129,7 +129,7 @@ def svg_load(load) -> str:
 def board_svg(rows: Sequence[dict], layer: int = 0) -> str:
     "A run so far, as an SVG picture: loss, load over time of one layer, load of all layers."
     parts = board_parts(rows, layer)
-    width, charts = 910 if len(parts) > 1 else 340, ''.join(part for _, _, part in parts)
+    width, charts = 910 if len(parts) > 1 else 340, ''.join(panel_svg for _, _, panel_svg in parts)
     # white in a dark theme too
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 204" width="{width}" '
@@ -157,8 +157,8 @@ def board_html(rows: Sequence[dict], layer: int = 0) -> str:
         '<div class="board">'
         + ''.join(
             f'<svg viewBox="{left} 0 {right - left} 204" style="flex:1 1 '
-            f'{right - left}px;max-width:{right - left + 30}px" {_font}>{part}</svg>'
-            for left, right, part in board_parts(rows, layer)
+            f'{right - left}px;max-width:{right - left + 30}px" {_font}>{panel_svg}</svg>'
+            for left, right, panel_svg in board_parts(rows, layer)
         )
         + '</div>'
     )

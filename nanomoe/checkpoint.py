@@ -67,9 +67,9 @@ def set_aside(folder: Path):
     else:
         folder.rename(
             next(
-                at
+                target
                 for n in itertools.count(1)
-                if not (at := folder.with_name(f'{folder.name}-moved-{n}')).exists()
+                if not (target := folder.with_name(f'{folder.name}-moved-{n}')).exists()
             )
         )
 
@@ -89,23 +89,23 @@ def save(
     were. Returns the folder; raises `OSError` when it cannot be written.
     """
     root = Path(root)
-    made, final = root / f'.tmp-{step}-{os.getpid()}', root / f'step-{step:08d}'
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+    draft, final = root / f'.tmp-{step}-{os.getpid()}', root / f'step-{step:08d}'
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     try:
         check_room(root, sum(t.nbytes for group in tensors.values() for t in group.values()))
         for name, group in tensors.items():
-            write_tensors(made / f'{name}.safetensors', group)
-        meta = dict(meta, step=step, sha256={path.name: sha256(path) for path in sorted(made.iterdir())})
-        (made / 'meta.json').write_text(json.dumps(with_checksum(meta), indent=1))
-        fsync(made / 'meta.json')
-        fsync(made)
+            write_tensors(draft / f'{name}.safetensors', group)
+        meta = dict(meta, step=step, sha256={path.name: sha256(path) for path in sorted(draft.iterdir())})
+        (draft / 'meta.json').write_text(json.dumps(with_checksum(meta), indent=1))
+        fsync(draft / 'meta.json')
+        fsync(draft)
         if final.exists():
             set_aside(final)
-        os.replace(made, final)
+        os.replace(draft, final)
         fsync(root)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
     for old in [path for path in steps(root) if step_of(path) <= step][:-keep]:
         if step_of(old) != best:
             shutil.rmtree(old, ignore_errors=True)
@@ -181,16 +181,16 @@ class Saver:
         "Copy the tensors and return; raises `OSError` where the one before could not be written."
         self.wait()
         copies = {
-            group: {name: t.detach().to('cpu', copy=True) for name, t in named.items()}
-            for group, named in tensors.items()
+            group: {name: t.detach().to('cpu', copy=True) for name, t in members.items()}
+            for group, members in tensors.items()
         }
         self.writing = self.thread.submit(save, root, step, copies, meta, keep, best)
 
     def wait(self):
         "Until what was begun is on disk; raises `OSError` where it could not be written."
-        done, self.writing = self.writing, Future()
+        last_write, self.writing = self.writing, Future()
         self.writing.set_result(None)
-        done.result()
+        last_write.result()
 
 # %% ../nbs/39_checkpoint.ipynb #optimizer
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -248,14 +248,14 @@ def check_fit(model: GPT, tensors: dict[str, Tensor]):
     """Raise `BadInput` unless these are the weights of the model: every name, every shape, and all numbers
     really there.
     """
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        have, does = ('lack', 'needs') if name in wanted else ('hold', 'does not have')
+    state = model.state_dict()
+    for name in sorted(state.keys() ^ tensors.keys()):
+        have, does = ('lack', 'needs') if name in state else ('hold', 'does not have')
         raise BadInput(f'the weights {have} {name}, which the configuration {does}')
     for name, tensor in tensors.items():
-        if wanted[name].shape != tensor.shape:
+        if state[name].shape != tensor.shape:
             raise BadInput(
-                f'the weight {name} must have shape {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}'
+                f'the weight {name} must have shape {tuple(state[name].shape)}, got {tuple(tensor.shape)}'
             )
 
 # %% ../nbs/39_checkpoint.ipynb #lines-file
@@ -269,8 +269,8 @@ def best_step(folder: Path, rows: list[dict]) -> int | None:
     batches as are usual now.
     """
     usual = min((row['val_tokens'] for row in rows[-2:]), default=0)  # the last may be on the whole text
-    there = {*map(step_of, steps(folder))}
-    rows = [row for row in rows if row['val_tokens'] == usual and row['step'] in there]
+    saved_steps = {*map(step_of, steps(folder))}
+    rows = [row for row in rows if row['val_tokens'] == usual and row['step'] in saved_steps]
     return min(rows, key=lambda row: row['val_ce'])['step'] if rows else None
 
 # %% ../nbs/39_checkpoint.ipynb #run-folder
@@ -280,12 +280,12 @@ def is_run(folder: Path) -> bool:
     """
     if (folder / '.lock').exists():
         return True
-    for path, part in [
+    for path, pick in [
         (folder / 'config.json', lambda found: found),
         *((p / 'meta.json', lambda found: found['config']) for p in steps(folder)),
     ]:
         try:
-            settings = part(json.loads(path.read_text()))
+            settings = pick(json.loads(path.read_text()))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if (
@@ -304,10 +304,10 @@ def check_folder(folder: Path):
         raise BadInput(
             f'out_dir must be a name of at most 1,000 bytes that can be printed, got {str(folder)[:200]!a}'
         )
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    base = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not base.is_dir() or not os.access(base, os.W_OK | os.X_OK):
         raise BadInput(
-            f'out_dir {folder} cannot be written: {there} is {"read-only" if there.is_dir() else "a file"}'
+            f'out_dir {folder} cannot be written: {base} is {"read-only" if base.is_dir() else "a file"}'
         )
     theirs = [
         name

@@ -62,9 +62,9 @@ def what_to_install(module: str | None) -> str | None:
     """
     package = (module or '').split('.')[0]
     for extra, packages in EXTRAS.items():
-        where = f"-e '.[{extra}]'" if (home() / 'settings.ini').exists() else f"'nanomoe[{extra}]'"
+        target = f"-e '.[{extra}]'" if (home() / 'settings.ini').exists() else f"'nanomoe[{extra}]'"
         if package in packages.split():
-            return f'this command requires the package {package}; install it with: pip install {where}'
+            return f'this command requires the package {package}; install it with: pip install {target}'
 
 # %% ../nbs/33_command_line.ipynb #refuse
 def refuse(sentence: str):
@@ -156,10 +156,10 @@ def check_place(name: str, table: str):
         raise BadInput(f'preset must stand above all tables, got it in [{table}]')
     if name in field_names(TABLES[table]):
         return
-    other = next((t for t in TABLES if name in field_names(TABLES[t])), None)
+    owner = next((t for t in TABLES if name in field_names(TABLES[t])), None)
     raise BadInput(
-        f'{name} belongs in [{other}], got it in [{table}]'
-        if other
+        f'{name} belongs in [{owner}], got it in [{table}]'
+        if owner
         else no_option(name, field_names(TABLES[table])).replace(name, f'{name} in [{table}]', 1)
     )
 
@@ -231,18 +231,18 @@ def from_command_line(cls, default, argv: list[str], program: str):
     for word in argv:
         check_word(word, option_names(cls))
     flags = tyro.conf.FlagConversionOff[tyro.conf.OmitArgPrefixes[cls]]
-    said, plain = io.StringIO(), io.StringIO()  # no terminal, so no colors and no boxes
+    stderr_text, output = io.StringIO(), io.StringIO()  # no terminal, so no colors and no boxes
     try:
-        with redirect_stdout(plain), redirect_stderr(said):
+        with redirect_stdout(output), redirect_stderr(stderr_text):
             return tyro.cli(flags, default=default, args=argv, use_underscores=True)
     except SystemExit as e:
         if not e.code:
-            print(help_text(program, plain.getvalue()))
+            print(help_text(program, output.getvalue()))
             raise
-        sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', said.getvalue())[1]  # between title and next rule
+        sentence = re.split(r'\n\s*(?:-{5,}\s*)?\n', stderr_text.getvalue())[1]  # between title and next rule
         hint = '; to start from given weights, use --init_from' if "'--init'" in sentence else ''
-        wrong = re.search("invalid choice '(.+?)' for argument '--(.+?)'", sentence)
-        hint += renamed_value(wrong[2], wrong[1]) if wrong else ''
+        bad_choice = re.search("invalid choice '(.+?)' for argument '--(.+?)'", sentence)
+        hint += renamed_value(bad_choice[2], bad_choice[1]) if bad_choice else ''
         raise BadInput(' '.join(sentence.split()).rstrip('.') + hint) from None
 
 
@@ -274,10 +274,10 @@ def subcommand(argv: list[str], kinds, program: str) -> str:
         return argv[0] if argv[0] in kinds else ''
     if argv and argv[0] in kinds:
         return argv[0]
-    wrong = (
+    complaint = (
         f'there is no {program} {argv[0]}{nearest(argv[0], kinds)}' if argv else f'{program} needs a command'
     )
-    raise BadInput(f'{wrong} ({", ".join(kinds)}; python -m nanomoe.{program} --help shows examples)')
+    raise BadInput(f'{complaint} ({", ".join(kinds)}; python -m nanomoe.{program} --help shows examples)')
 
 # %% ../nbs/33_command_line.ipynb #words-first
 @dataclass(frozen=True)

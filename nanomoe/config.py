@@ -179,20 +179,22 @@ def likeness(word: str, name: str) -> float:
     "How alike two names are, 0 to 1: by their letters, or by the parts of `word` that begin parts of `name`."
     word, name = (text.lower().replace('-', '_') for text in (word, name))
     letters = difflib.SequenceMatcher(None, word.replace('_', ''), name.replace('_', '')).ratio()
-    parts, left = [part for part in word.split('_') if part], name.split('_')
+    parts, name_parts = [part for part in word.split('_') if part], name.split('_')
     for part in parts:
-        begun = [p for p in left if p == part or len(part) > 1 and p.startswith(part) or p + 's' == part]
-        if not begun:
+        matches = [
+            p for p in name_parts if p == part or len(part) > 1 and p.startswith(part) or p + 's' == part
+        ]
+        if not matches:
             return letters
-        left.remove(begun[0])
-    return max(letters, 1 - 0.05 * len(left)) if parts else 0.0
+        name_parts.remove(matches[0])
+    return max(letters, 1 - 0.05 * len(name_parts)) if parts else 0.0
 
 
 def nearest(word: str, words) -> str:
     "`; did you mean X?` for the closest of `words`, or nothing."
     known = [name for name in words if word.lower().replace('-', '_') in OTHER_NAMES.get(name, '').split()]
-    close = known or [max(words, key=lambda name: likeness(word, name))]
-    return f'; did you mean {close[0]}?' if known or likeness(word, close[0]) >= 0.6 else ''
+    candidates = known or [max(words, key=lambda name: likeness(word, name))]
+    return f'; did you mean {candidates[0]}?' if known or likeness(word, candidates[0]) >= 0.6 else ''
 
 
 def no_option(name: str, names: list[str], hyphens: str = '') -> str:
@@ -241,8 +243,8 @@ def check_kinds(cfg):
 
 def renamed_value(name: str, value) -> str:
     "A hint at what an option's value of earlier versions is called now, or nothing."
-    now = RENAMED_VALUES.get((name, value)) if isinstance(value, str) else None
-    return f'; it is called {now} now' if now else ''
+    new_value = RENAMED_VALUES.get((name, value)) if isinstance(value, str) else None
+    return f'; it is called {new_value} now' if new_value else ''
 
 
 def spelled(kind) -> str:
@@ -433,10 +435,10 @@ def conflicts(m: ModelConfig) -> list[str]:
         )
     need(m.router != 'hash' or m.jitter == 0, f'jitter must be 0 with router=hash, got {m.jitter}')
     for option in ('capacity_over', 'priority'):
-        value, usual = getattr(m, option), getattr(ModelConfig, option)
+        value, default = getattr(m, option), getattr(ModelConfig, option)
         need(
-            value == usual or not dropless and m.router != 'expert_choice',
-            f'{option} must be {usual} where no queue is filled in order, got {value}',
+            value == default or not dropless and m.router != 'expert_choice',
+            f'{option} must be {default} where no queue is filled in order, got {value}',
         )
     return out
 

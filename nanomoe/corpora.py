@@ -71,8 +71,8 @@ def read_txt(path: Path, columns=(), errors: str = 'strict', part: int = 2**20) 
     """
     rest = ''
     for block in text_blocks(path, errors):
-        *whole, rest = (rest + block).split(EOT)
-        for text in whole:
+        *texts, rest = (rest + block).split(EOT)
+        for text in texts:
             yield (text,)
         while len(rest) > 4 * part:
             cut = rest.rfind('\n', 0, part) + 1 or part
@@ -95,13 +95,13 @@ def source_files(source: str | Path, endings: tuple[str, ...] = ()) -> tuple[Pat
 
     Raises `BadInput` when there are none.
     """
-    known, path, found = endings or tuple(READERS), Path(source), [Path(source)]
+    known, path, paths = endings or tuple(READERS), Path(source), [Path(source)]
     if not path.exists():
         path = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = sorted(map(Path, glob.glob(str(source), recursive=True)))
-        if not found:
+        paths = sorted(map(Path, glob.glob(str(source), recursive=True)))
+        if not paths:
             raise BadInput(f'{source} does not exist')
-    files = [f for p in found for f in ([f for f in walk(p) if ending(f, endings)] if p.is_dir() else [p])]
+    files = [f for p in paths for f in ([f for f in walk(p) if ending(f, endings)] if p.is_dir() else [p])]
     files = list({f.resolve(): f for f in reversed(files)}.values())[::-1]  # none twice, by whatever links
     for file in files:
         if not file.is_file():
@@ -123,15 +123,15 @@ def walk(folder: Path) -> list[Path]:
     def refuse(e: OSError):
         raise BadInput(f'{e.filename} cannot be read: {e.strerror}')
 
-    found, seen = [], set()
-    for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    entries, seen = [], set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith('.')]
-        if (here := os.path.realpath(at)) in seen:
+        if (real_path := os.path.realpath(parent)) in seen:
             folders.clear()
         else:
-            found += [Path(at, name) for name in names if not name.startswith('.')]
-        seen.add(here)
-    return sorted(found)
+            entries += [Path(parent, name) for name in names if not name.startswith('.')]
+        seen.add(real_path)
+    return sorted(entries)
 
 # %% ../nbs/36_corpora.ipynb #domain
 def domain_of(source: str | Path) -> str:
@@ -237,11 +237,11 @@ def arithmetic(rng: random.Random) -> str:
 
 def numbers_documents(n_bytes: int, seed: int = 0, lines: int = 60) -> Iterator[Document]:
     "Seeded pages of arithmetic, `n_bytes` in all: text that anyone can make and whose rules can be learned."
-    rng, made = random.Random(seed), 0
-    while made < n_bytes:
+    rng, n_written = random.Random(seed), 0
+    while n_written < n_bytes:
         text = '\n'.join(arithmetic(rng) for _ in range(lines)) + '\n'
-        yield Document(text, 'numbers', f'numbers/{made}')
-        made += len(text)
+        yield Document(text, 'numbers', f'numbers/{n_written}')
+        n_written += len(text)
 
 # %% ../nbs/36_corpora.ipynb #onboard-files
 def package_files(package: str, pattern: str) -> list[tuple[str, Path]]:
@@ -268,14 +268,14 @@ def docstrings(source: str) -> str:
     except (SyntaxError, ValueError):
         return ''
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) or '' for node in ast.walk(tree) if isinstance(node, documented)]
+    texts = [ast.get_docstring(node) or '' for node in ast.walk(tree) if isinstance(node, documented)]
     if 'add_docstr(' in source or 'add_newdoc(' in source:  # these calls document compiled functions
-        found += [
+        texts += [
             node.value
             for node in ast.walk(tree)
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         ]
-    return '\n\n'.join(text.strip() for text in found if len(text) > 60)
+    return '\n\n'.join(text.strip() for text in texts if len(text) > 60)
 
 # %% ../nbs/36_corpora.ipynb #onboard
 def in_fixed_order(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
@@ -287,14 +287,14 @@ def take(
     domain: str, files: list[tuple[str, Path]], n_bytes: int, read=lambda text: text
 ) -> Iterator[Document]:
     "Whole files in their fixed order, each as `read` gives it, until `n_bytes` of text are reached."
-    taken = 0
+    total = 0
     for name, path in in_fixed_order(files):
         text = read(path.read_text(encoding='utf-8', errors='replace'))
         if not 200 < len(text) < 200_000:
             continue
-        taken += len(text.encode())
+        total += len(text.encode())
         yield Document(text, domain, name)
-        if taken >= n_bytes:
+        if total >= n_bytes:
             return
 
 # %% ../nbs/36_corpora.ipynb #help-topics
@@ -342,13 +342,13 @@ class Source(NamedTuple):
 
 def in_memory_source(name: str, documents: Iterable[Document], max_tokens: int | None = None) -> Source:
     "A source of documents that are in memory already."
-    kept = list(documents)
+    document_list = list(documents)
     return Source(
         name,
-        lambda skip: kept[skip:],
+        lambda skip: document_list[skip:],
         max_tokens=max_tokens,
-        n_bytes=sum(len(d.text.encode()) for d in kept),
-        stamp=(hashlib.sha256(repr(kept).encode()).hexdigest(),),
+        n_bytes=sum(len(d.text.encode()) for d in document_list),
+        stamp=(hashlib.sha256(repr(document_list).encode()).hexdigest(),),
     )
 
 # %% ../nbs/36_corpora.ipynb #strings
@@ -365,12 +365,12 @@ def strings(
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     names = ' and '.join(f'"{name}"' for name in columns)
-    has = (
+    hint = (
         f' (it has {", ".join(map(printable, row))}; choose one with --text_column)'
         if isinstance(row, dict) and row
         else ''
     )
-    raise BadInput(f'{where} must be a JSON object with a string under {names}{has}')
+    raise BadInput(f'{where} must be a JSON object with a string under {names}{hint}')
 
 
 LONGEST = 2**27  # bytes of one line of JSON
@@ -456,19 +456,19 @@ def parquet_size(path: Path, column: str) -> int:
 # %% ../nbs/36_corpora.ipynb #left-out
 def left_out(source: str, endings: tuple[str, ...], errors: str) -> list[str]:
     "A sentence each on the files of a source that are not read, and on those that are not UTF-8."
-    said = []
+    sentences = []
     if Path(source).is_dir():
         kinds = Counter(f.suffix.lower() or 'no ending' for f in walk(Path(source)) if not ending(f, endings))
         counts = ', '.join(f'{kind} {n}' for kind, n in kinds.most_common(8))
         if kinds:
-            said.append(
+            sentences.append(
                 f'{source}: {kinds.total()} files of other endings are not read ({counts}); --endings '
                 'chooses which are'
             )
     odd = [f for f in source_files(source, endings)[1] if not is_utf8(f)] if errors != 'strict' else []
     done = 'left out' if errors == 'skip' else 'read with U+FFFD in place of what cannot be decoded'
     names = ', '.join(map(str, odd[:5])) + (' …' if len(odd) > 5 else '')
-    return said + ([f'{source}: {len(odd)} files that are not UTF-8 are {done}: {names}'] if odd else [])
+    return sentences + ([f'{source}: {len(odd)} files that are not UTF-8 are {done}: {names}'] if odd else [])
 
 # %% ../nbs/36_corpora.ipynb #local-source
 def local_source(
@@ -513,11 +513,11 @@ def shakespeare(from_file: str | None = None) -> Document:
             raise BadInput(
                 f'{SHAKESPEARE_URL} cannot be fetched ({e}); download it elsewhere and pass --from_file'
             ) from None
-    found = hashlib.sha256(raw).hexdigest()
-    if found != SHAKESPEARE_SHA256:
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
         raise BadInput(
             f'{from_file or SHAKESPEARE_URL} is not Tiny Shakespeare: '
-            f'its sha256 is {found}, expected {SHAKESPEARE_SHA256}'
+            f'its sha256 is {digest}, expected {SHAKESPEARE_SHA256}'
         )
     return Document(raw.decode(), 'shakespeare', 'shakespeare')
 
@@ -529,10 +529,10 @@ def hub_documents(
 
     Raises `BadInput` when the network breaks off, and where there are not exactly as many rows as `expected`.
     """
-    count, label, found = skip, Path(name).name, iter(rows.skip(skip))
+    count, label, stream = skip, Path(name).name, iter(rows.skip(skip))
     while True:
         try:
-            row = next(found, None)
+            row = next(stream, None)
         except Exception as e:  # of the network, its library, its formats
             raise BadInput(
                 f'{name} broke off after {count:,} documents ({type(e).__name__}); '
@@ -585,10 +585,10 @@ def saved_rows(path: str):
     import datasets
 
     try:
-        found = datasets.load_from_disk(path)
-        if hasattr(found, 'keys') and 'train' in found:
-            found = found['train']
-        return found.to_iterable_dataset(), found._fingerprint
+        data = datasets.load_from_disk(path)
+        if hasattr(data, 'keys') and 'train' in data:
+            data = data['train']
+        return data.to_iterable_dataset(), data._fingerprint
     except Exception as e:
         raise BadInput(
             f'{path} holds no dataset with a split named train that can be read '
@@ -601,11 +601,12 @@ def only(rows, columns: tuple[str, ...], name: str):
 
     Raises `BadInput` where one is missing.
     """
-    have = rows.column_names or columns  # unknown before the first row of some
+    all_columns = rows.column_names or columns  # unknown before the first row of some
     for column in columns:
-        if column not in have:
+        if column not in all_columns:
             raise BadInput(
-                f'{name} has no column of strings named {column}; it has: {", ".join(have)}; say which '
+                f'{name} has no column of strings named {column}; it has: {", ".join(all_columns)}; say '
+                'which '
                 'with --text_column'
             )
     return rows.select_columns(list(columns)) if rows.column_names else rows

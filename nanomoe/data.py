@@ -66,9 +66,9 @@ def split_documents(source: Source, skip: int = 0, cut: bool = False) -> Iterato
     for done, d in enumerate(source.documents(skip), skip + 1):
         if not cut:
             yield Part(d.text, d.domain, 'val' if source.is_val(d) else 'train', done)
-        elif (at := min(int(len(d.text) * (1 - source.share)), len(d.text) - 1)) > 0:
-            yield Part(d.text[:at], d.domain, 'train', None)
-            yield Part(d.text[at:], d.domain, 'val', done)
+        elif (border := min(int(len(d.text) * (1 - source.share)), len(d.text) - 1)) > 0:
+            yield Part(d.text[:border], d.domain, 'train', None)
+            yield Part(d.text[border:], d.domain, 'val', done)
 
 # %% ../nbs/37_data.ipynb #encoded
 class Tokenized(NamedTuple):
@@ -92,14 +92,14 @@ def tokenize(pieces: Iterable[Part], tokenizer, batch: int = 500_000) -> Iterato
             for p in batch
         ]
 
-    end, workers, waiting = np.array([tokenizer.eot_token], np.uint32), os.cpu_count() or 1, deque()
+    end, workers, queue = np.array([tokenizer.eot_token], np.uint32), os.cpu_count() or 1, deque()
     with ThreadPoolExecutor(workers) as threads:
         for group in batches(pieces, batch):
-            waiting.append(threads.submit(encode, group))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+            queue.append(threads.submit(encode, group))
+            if len(queue) > 2 * workers:
+                yield from queue.popleft().result()
+        while queue:
+            yield from queue.popleft().result()
 
 
 def ids_of(tokenizer, text: str, what: str) -> np.ndarray:
@@ -110,19 +110,21 @@ def ids_of(tokenizer, text: str, what: str) -> np.ndarray:
     except ValueError as e:  # so a million blanks in a row, in one go
         half = len(text) // 2
         if half > 1000:
-            return np.concatenate([ids_of(tokenizer, part, what) for part in (text[:half], text[half:])])
+            return np.concatenate(
+                [ids_of(tokenizer, half_text, what) for half_text in (text[:half], text[half:])]
+            )
         raise BadInput(f'{what} cannot be encoded ({e}): {text[:40]!r}…') from None
 
 
 def batches(pieces: Iterable[Part], size: int) -> Iterator[list[Part]]:
     "The pieces in lists of about `size` characters."
-    group, held = [], 0
+    group, n_characters = [], 0
     for piece in pieces:
         group.append(piece)
-        held += len(piece.text)
-        if held >= size:
+        n_characters += len(piece.text)
+        if n_characters >= size:
             yield group
-            group, held = [], 0
+            group, n_characters = [], 0
     if group:
         yield group
 
@@ -145,9 +147,9 @@ def check_replaceable(folder: Path):
 
 def foreign(folder: Path) -> list[Path]:
     "What is in a folder that no preparation writes."
-    ours = {'manifest.json', 'tokenizer.json', 'progress.json', 'progress.tmp'}
+    our_names = {'manifest.json', 'tokenizer.json', 'progress.json', 'progress.tmp'}
     try:
-        ours |= {
+        our_names |= {
             shard['file']
             for entry in read_with_checksum(folder / 'manifest.json')['splits'].values()
             for shard in entry['shards']
@@ -157,7 +159,9 @@ def foreign(folder: Path) -> list[Path]:
     return [
         p
         for p in folder.iterdir()
-        if p.name not in ours and not p.is_symlink() and not re.search(r'_(train|val)_\d{6}\.bin$', p.name)
+        if p.name not in our_names
+        and not p.is_symlink()
+        and not re.search(r'_(train|val)_\d{6}\.bin$', p.name)
     ]
 
 # %% ../nbs/37_data.ipynb #at-work
@@ -305,11 +309,11 @@ NOTED_EVERY = 10.0  # seconds between notes of progress: what a kill costs at mo
 
 def take_chars(pieces: Iterable[Part], limit: int | None) -> Iterator[Part]:
     "The first pieces, `limit` characters and the rest of the last; None for all."
-    held = 0
+    n_characters = 0
     for piece in pieces:
         yield piece
-        held += len(piece.text)
-        if limit and held >= limit:
+        n_characters += len(piece.text)
+        if limit and n_characters >= limit:
             return
 
 # %% ../nbs/37_data.ipynb #write-splits
@@ -335,7 +339,7 @@ def write_splits(part: Path, sources: list[Source], tokenizer, at: Progress, sho
     for key in at.splits:
         writers[key] = writer(key)
     with bar(sources[at.source :], show) as tell:
-        noted, first = time.monotonic(), at.source
+        note_time, first = time.monotonic(), at.source
         for number, source in enumerate(sources[first:], first):
             for piece, ids, n_bytes in tokenize(
                 split_documents(source, at.documents, number in at.cut), tokenizer
@@ -355,8 +359,8 @@ def write_splits(part: Path, sources: list[Source], tokenizer, at: Progress, sho
                 at.documents = piece.done
                 if source.max_tokens and at.tokens >= source.max_tokens:
                     break
-                if time.monotonic() - noted > NOTED_EVERY:
-                    noted = note_progress(part, at, writers)
+                if time.monotonic() - note_time > NOTED_EVERY:
+                    note_time = note_progress(part, at, writers)
             at.source, at.documents, at.tokens = at.source + 1, 0, 0
     shards = {key: w.close() for key, w in writers.items()}
     note_progress(part, at, writers)
@@ -376,46 +380,47 @@ def build_dataset(
     part: Path, sources: list[Source], kind: str, vocab_size: int, name: str, weights: dict | None, show: bool
 ) -> dict:
     "Write tokenizer, shards and manifest into the folder; returns the manifest."
-    own = resolve(kind) / 'tokenizer.json'
+    tokenizer_path = resolve(kind) / 'tokenizer.json'
     job = hashlib.sha256(
         repr(
             (
                 name,
                 kind,
-                own.read_text() if own.is_file() else vocab_size,
+                tokenizer_path.read_text() if tokenizer_path.is_file() else vocab_size,
                 [(s.name, s.max_tokens, s.stamp) for s in sources],
             )
         ).encode()
     ).hexdigest()
-    at = read_progress(part, job)
+    progress = read_progress(part, job)
     while True:
-        if not at.splits:
+        if not progress.splits:
             for path in part.iterdir():
                 path.unlink()
             texts = (
                 p.text
                 for i, s in enumerate(sources)
                 for p in take_chars(
-                    split_documents(s, 0, i in at.cut), BPE_TRAIN_CHARS if kind == 'bpe' else None
+                    split_documents(s, 0, i in progress.cut), BPE_TRAIN_CHARS if kind == 'bpe' else None
                 )
                 if kind == 'chars' or p.split == 'train'
             )
             save_tokenizer(make_tokenizer(kind, texts, vocab_size), part)
         tokenizer = load_tokenizer(part)
-        splits = write_splits(part, sources, tokenizer, at, show)
+        splits = write_splits(part, sources, tokenizer, progress, show)
         lacking = {
-            i: [split for split in ('train', 'val') if f'{i} {split}' in at.seen] for i in range(len(sources))
+            i: [split for split in ('train', 'val') if f'{i} {split}' in progress.seen]
+            for i in range(len(sources))
         }
         lacking = {i: has for i, has in lacking.items() if len(has) < 2}
         if not lacking:
             break
         for i, has in lacking.items():
-            if i in at.cut or not has:
+            if i in progress.cut or not has:
                 raise BadInput(
                     f'{sources[i].name or name or part} must hold some text to train on and some to hold '
                     'out, got none'
                 )
-        at = Progress(job, sorted({*at.cut, *lacking}))
+        progress = Progress(job, sorted({*progress.cut, *lacking}))
     if weights and weights.keys() != splits['train']['domains'].keys():
         raise BadInput(
             'each source with a weight must give some text to train on, got '
@@ -508,21 +513,21 @@ def link_token_files(files: list[Path], folder: Path, tokenizer: str = 'gpt2', n
     check_replaceable(folder)
     if tokenizer in ('bpe', 'chars'):
         raise BadInput(f'token files need the tokenizer that made them, such as gpt2, got {tokenizer}')
-    named = {f: re.findall(r'(?:^|[._-])(train|val)(?=[._-])', f.name) for f in files}
-    splits = {split: [f for f in files if named[f] == [split]] for split in ('train', 'val')}
+    split_names = {f: re.findall(r'(?:^|[._-])(train|val)(?=[._-])', f.name) for f in files}
+    splits = {split: [f for f in files if split_names[f] == [split]] for split in ('train', 'val')}
     if (
         not all(splits.values())
         or len({f.name for f in files}) < len(files)
-        or any(len(n) != 1 for n in named.values())
+        or any(len(n) != 1 for n in split_names.values())
     ):
         raise BadInput(
             f'token files must have train or val in their names, all different and some of each, '
             f'got {", ".join(f.name for f in files)}'
         )
-    pickled = [f.parent / 'meta.pkl' for f in files if (f.parent / 'meta.pkl').exists()]
-    if pickled:
+    pickles = [f.parent / 'meta.pkl' for f in files if (f.parent / 'meta.pkl').exists()]
+    if pickles:
         raise BadInput(
-            f'{pickled[0]} holds a vocabulary as a pickle, which is not read; prepare the text itself'
+            f'{pickles[0]} holds a vocabulary as a pickle, which is not read; prepare the text itself'
         )
     encoder, part = make_tokenizer(tokenizer, [], 257), folder.parent / f'.{folder.name}.part'
     try:
@@ -530,14 +535,14 @@ def link_token_files(files: list[Path], folder: Path, tokenizer: str = 'gpt2', n
             for path in part.iterdir():
                 path.unlink()
             save_tokenizer(encoder, part)
-            made = {split: link_split(part, paths, encoder) for split, paths in splits.items()}
+            entries = {split: link_split(part, paths, encoder) for split, paths in splits.items()}
             manifest = with_checksum(
                 dict(
                     format='nanomoe-tokens',
                     version=2,
                     source=name,
                     vocab_size=encoder.n_vocab,
-                    splits=made,
+                    splits=entries,
                     tokenizer=digest_of(part),
                 )
             )
@@ -554,8 +559,8 @@ def fineweb_shards(max_tokens: int | None) -> list[Path]:
     """
     from huggingface_hub import hf_hub_download
 
-    wanted = min(103, -(-(max_tokens or 10**11) // 100_000_000))
-    names = ['fineweb_val_000000.bin', *(f'fineweb_train_{i:06d}.bin' for i in range(1, wanted + 1))]
+    n_files = min(103, -(-(max_tokens or 10**11) // 100_000_000))
+    names = ['fineweb_val_000000.bin', *(f'fineweb_train_{i:06d}.bin' for i in range(1, n_files + 1))]
     try:
         return [Path(hf_hub_download('kjj0/fineweb10B-gpt2', name, repo_type='dataset')) for name in names]
     except OSError as e:
@@ -630,7 +635,10 @@ def destination(sources: list[str], out: str | None) -> Path:
 # %% ../nbs/37_data.ipynb #check-prepare
 def check_prepare(sources: list[str], o: Prepare, kind: str):
     "Raise `BadInput` with every rule that the sources and options break."
-    named, domains = sources[0] if sources[0] in BUILTIN_DATASETS else None, [domain_name(s) for s in sources]
+    builtin, domains = (
+        sources[0] if sources[0] in BUILTIN_DATASETS else None,
+        [domain_name(s) for s in sources],
+    )
     mixture_weights(sources, o)
     rules = [
         (
@@ -641,12 +649,12 @@ def check_prepare(sources: list[str], o: Prepare, kind: str):
             'a folder of that name is ./NAME',
         ),
         (
-            named or domains[0] not in BUILTIN_DATASETS or o.out,
+            builtin or domains[0] not in BUILTIN_DATASETS or o.out,
             f'{sources[0]} would be written to data/{domains[0]}, which is {domains[0]} itself; name a '
             'folder with --out',
         ),
         (
-            not o.from_file or named and named.startswith('shakespeare'),
+            not o.from_file or builtin and builtin.startswith('shakespeare'),
             f'from_file belongs to Tiny Shakespeare, got {domains[0]}',
         ),
         (
@@ -670,12 +678,12 @@ def check_prepare(sources: list[str], o: Prepare, kind: str):
             'val_fraction does not belong to openwebtext, whose split is nanoGPT\'s',
         ),
         (
-            not named
-            or named in HUB
+            not builtin
+            or builtin in HUB
             or o.val_fraction is None
             and o.domain_column is None
             and o.text_column == 'text',
-            f'text_column, domain_column and val_fraction belong to other text than {named}',
+            f'text_column, domain_column and val_fraction belong to other text than {builtin}',
         ),
         (o.max_tokens is None or o.max_tokens >= 1, f'max_tokens must be at least 1, got {o.max_tokens}'),
         (
@@ -734,26 +742,28 @@ def token_files(sources: list[str], o: Prepare) -> list[Path]:
     """
     if sources == ['fineweb10B-gpt2']:
         return fineweb_shards(o.max_tokens)
-    found = [token_folder(Path(s)) if Path(s).is_dir() else [Path(s)] * s.endswith('.bin') for s in sources]
-    if not any(found):
+    file_lists = [
+        token_folder(Path(s)) if Path(s).is_dir() else [Path(s)] * s.endswith('.bin') for s in sources
+    ]
+    if not any(file_lists):
         return []
-    given = [
+    text_options = [
         f.name for f in fields(o) if f.name not in ('out', 'tokenizer') and getattr(o, f.name) != f.default
     ]
-    if given:
-        raise BadInput(f'{given[0]} does not belong to token files, which are taken as they are')
-    mixed = [s for s, files in zip(sources, found) if not files]
-    if mixed:
-        raise BadInput(f'token files and text cannot be prepared together, got text in {mixed[0]}')
-    return [f for files in found for f in files]
+    if text_options:
+        raise BadInput(f'{text_options[0]} does not belong to token files, which are taken as they are')
+    texts = [s for s, files in zip(sources, file_lists) if not files]
+    if texts:
+        raise BadInput(f'token files and text cannot be prepared together, got text in {texts[0]}')
+    return [f for files in file_lists for f in files]
 
 # %% ../nbs/37_data.ipynb #open-source
 def endings_of(o: Prepare) -> tuple[str, ...]:
     "The endings that are asked for, with a dot before each."
     return tuple(
-        f'.{word.strip().removeprefix(".").lower()}'
-        for word in (o.endings or '').split(',')
-        if word.strip(' .')
+        f'.{suffix.strip().removeprefix(".").lower()}'
+        for suffix in (o.endings or '').split(',')
+        if suffix.strip(' .')
     )
 
 
@@ -777,9 +787,11 @@ def open_source(source: str, o: Prepare, max_tokens: int | None) -> Source:
 
 def compare_with_nanogpt(manifest: dict, kind: str):
     "Raise `BadInput` unless OpenWebText has become as many GPT-2 tokens as nanoGPT reports."
-    found = {split: manifest['splits'][split]['tokens'] for split in ('train', 'val')}
-    if kind == 'gpt2' and found != (known := {'train': 9_035_582_198, 'val': 4_434_897}):
-        raise BadInput(f'the dataset is whole, but not nanoGPT\'s: it has {found} tokens, nanoGPT\'s {known}')
+    counts = {split: manifest['splits'][split]['tokens'] for split in ('train', 'val')}
+    if kind == 'gpt2' and counts != (known := {'train': 9_035_582_198, 'val': 4_434_897}):
+        raise BadInput(
+            f'the dataset is whole, but not nanoGPT\'s: it has {counts} tokens, nanoGPT\'s {known}'
+        )
 
 # %% ../nbs/37_data.ipynb #prepare-source
 def prepare(
@@ -823,7 +835,7 @@ def prepare(
     weights = mixture_weights(sources, o)
     limits = [o.max_tokens and math.ceil(o.max_tokens * w / sum(weights)) for w in weights]
     opened = [open_source(s, o, limit) for s, limit in zip(sources, limits)]
-    made = write_dataset(
+    result = write_dataset(
         opened,
         folder,
         kind,
@@ -833,8 +845,8 @@ def prepare(
         show,
     )
     if sources == ['openwebtext'] and not o.max_tokens:
-        compare_with_nanogpt(made, kind)
-    return made
+        compare_with_nanogpt(result, kind)
+    return result
 
 # %% ../nbs/37_data.ipynb #main
 def main(argv: list[str] | None = None):
@@ -866,11 +878,11 @@ def run_command(words: list[str], o: Prepare):
     for word in words:
         if word not in BUILTIN_DATASETS and re.fullmatch(r'[\w-]+', word) and not Path(word).exists():
             raise BadInput(f'{word} does not exist{nearest(word, [*BUILTIN_DATASETS, "check"])}')
-    begun, rest = (
+    begun, options = (
         time.perf_counter(),
         {k: v for k, v in vars(o).items() if k not in ('out', 'tokenizer', 'vocab_size')},
     )
-    manifest = prepare(words, o.out, o.tokenizer, o.vocab_size, show=True, **rest)
+    manifest = prepare(words, o.out, o.tokenizer, o.vocab_size, show=True, **options)
     for name, entry in manifest['splits'].items():
         domains = ', '.join(f'{domain} {end - start:,}' for domain, (start, end) in entry['domains'].items())
         print(
@@ -892,12 +904,12 @@ def write_numbers():
     Of many processes that do so at once, the first to finish gives its own the name.
     """
     final = resolve('data/numbers')
-    made = final.with_name(f'.numbers-{platform.node()}-{os.getpid()}')
-    prepare('numbers', made)
+    draft = final.with_name(f'.numbers-{platform.node()}-{os.getpid()}')
+    prepare('numbers', draft)
     try:
-        os.replace(made, final)
+        os.replace(draft, final)
     except OSError as e:
-        shutil.rmtree(made)
+        shutil.rmtree(draft)
         if not (final / 'manifest.json').exists():
             raise BadInput(f'{final} cannot be written: {e.strerror}') from None
 

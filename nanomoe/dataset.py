@@ -45,9 +45,11 @@ def open_shard(path: Path) -> np.ndarray:
         raise BadInput(f'{path} cannot be read: {e.strerror}') from None
     for dtype, (magic, version) in MAGIC.items():
         if len(header) == 256 and header[0] == magic and header[1] == version:
-            held = (size - 1024) // dtype.itemsize
+            n_tokens = (size - 1024) // dtype.itemsize
             if size != 1024 + int(header[2]) * dtype.itemsize:
-                raise BadInput(f'{path} is damaged: its header claims {header[2]} tokens, it holds {held}')
+                raise BadInput(
+                    f'{path} is damaged: its header claims {header[2]} tokens, it holds {n_tokens}'
+                )
             return np.memmap(path, dtype=dtype, mode='r', offset=1024, shape=(int(header[2]),))
     raise BadInput(f'{path} is not a token file: its header is unknown')
 
@@ -85,10 +87,10 @@ class ShardWriter:
             if self.file is None:
                 self.file = open(self.path(), 'wb')
                 self.file.write(bytes(1024))
-            part, ids = ids[: self.size - self.held], ids[self.size - self.held :]
-            self.file.write(written := part.astype(self.dtype).tobytes())
+            chunk, ids = ids[: self.size - self.held], ids[self.size - self.held :]
+            self.file.write(written := chunk.astype(self.dtype).tobytes())
             self.digest.update(written)
-            self.held += len(part)
+            self.held += len(chunk)
             if self.held == self.size:
                 self.close()
 
@@ -138,8 +140,10 @@ def dataset_folder(name: str | Path) -> Path:
     for folder in (resolve(name), resolve(Path('data') / name)):
         if (folder / 'manifest.json').exists():
             return folder
-    at = name if Path(name).is_absolute() else f'data/{name}'
-    source = name if str(name) in BUILTIN_DATASETS or Path(name).exists() else f'FILE_OR_FOLDER --out {at}'
+    target = name if Path(name).is_absolute() else f'data/{name}'
+    source = (
+        name if str(name) in BUILTIN_DATASETS or Path(name).exists() else f'FILE_OR_FOLDER --out {target}'
+    )
     raise BadInput(f'there is no prepared dataset {name}; create it with: python -m nanomoe.data {source}')
 
 # %% ../nbs/35_dataset.ipynb #token-file-helpers
@@ -209,8 +213,8 @@ def checked_shard(path: Path, entry: dict, vocab_size: int, every_byte: bool) ->
         raise BadInput(f'{path} holds {len(ids)} tokens, its manifest says {entry["tokens"]}')
     if every_byte:
         with open(path, 'rb') as f:
-            found = hashlib.file_digest(f, 'sha256').hexdigest()
-        if found != entry['sha256']:
+            digest = hashlib.file_digest(f, 'sha256').hexdigest()
+        if digest != entry['sha256']:
             raise BadInput(f'{path} is damaged: not what was written; prepare the dataset again')
         check_ids(path, ids, vocab_size)
     return ids
@@ -287,22 +291,22 @@ def verify_in_background(*files: TokenDataset) -> futures.Future:
 
     On one process of each machine.
     """
-    done, files = (
+    future, files = (
         futures.Future(),
         [f for f in files if not f.compared] if os.environ.get('LOCAL_RANK', '0') == '0' else [],
     )
 
     def compare():
         try:
-            done.set_result([f.compare() for f in files])
+            future.set_result([f.compare() for f in files])
         except BaseException as e:
-            done.set_exception(e)
+            future.set_exception(e)
 
     if files:
         threading.Thread(target=compare, daemon=True).start()
     else:
-        done.set_result([])
-    return done
+        future.set_result([])
+    return future
 
 # %% ../nbs/35_dataset.ipynb #permute
 def feistel_permutation(i: np.ndarray, n: int, key: int) -> np.ndarray:
@@ -354,10 +358,10 @@ def sequence_starts(samples: np.ndarray, n: int, block_size: int, seed: int) -> 
     """
     starts = np.empty(len(samples), np.int64)
     for epoch in np.unique(samples // n):
-        here = samples // n == epoch
+        mask = samples // n == epoch
         shift = int(splitmix64(np.array([epoch], np.uint64), seed)[0] % np.uint64(block_size)) if epoch else 0
-        starts[here] = (
-            feistel_permutation(samples[here] % n, n, seed * 1_000_003 + int(epoch)) * block_size + shift
+        starts[mask] = (
+            feistel_permutation(samples[mask] % n, n, seed * 1_000_003 + int(epoch)) * block_size + shift
         )
     return starts
 
@@ -370,9 +374,9 @@ def mixture_schedule(samples: np.ndarray, weights: list[float], seed: int) -> tu
     ends = np.floor(np.cumsum(weights) / sum(weights) * MIXTURE_PERIOD + 0.5 + 1e-9).astype(np.int64)  # (D,)
     counts, block, place = np.diff(ends, prepend=0), samples // MIXTURE_PERIOD, np.empty_like(samples)
     for b in np.unique(block):
-        here = block == b
-        place[here] = feistel_permutation(
-            samples[here] % MIXTURE_PERIOD, MIXTURE_PERIOD, seed * 1_000_003 + int(b)
+        mask = block == b
+        place[mask] = feistel_permutation(
+            samples[mask] % MIXTURE_PERIOD, MIXTURE_PERIOD, seed * 1_000_003 + int(b)
         )
     domain = np.searchsorted(ends, place, side='right')
     return domain, block * counts[domain] + place - (ends - counts)[domain]

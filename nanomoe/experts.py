@@ -265,10 +265,10 @@ class Unpermute(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         y, gates, order, inverse = ctx.saved_tensors
         wide = torch.promote_types(y.dtype, torch.float32)
-        each = grad.index_select(0, order // gates.size(1))  # (M, C) what comes back to each result
-        to_gates = (y * each).sum(-1, dtype=wide).index_select(0, inverse.flatten()).view_as(gates)
+        row_grads = grad.index_select(0, order // gates.size(1))  # (M, C) what comes back to each result
+        to_gates = (y * row_grads).sum(-1, dtype=wide).index_select(0, inverse.flatten()).view_as(gates)
         weight = gates.flatten().index_select(0, order).unsqueeze(1)
-        return each.mul_(weight.to(each.dtype)), to_gates.to(gates.dtype), None, None
+        return row_grads.mul_(weight.to(row_grads.dtype)), to_gates.to(gates.dtype), None, None
 
 # %% ../nbs/03_experts.ipynb #dropless
 class Dispatch(NamedTuple):

@@ -18,8 +18,8 @@ from .config import BadInput
 # %% ../nbs/32_files.ipynb #home
 def home() -> Path:
     "The folder of settings.ini, upwards from the working folder, then this file; else the working folder."
-    here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
-    for start in (Path.cwd(), here):
+    module_folder = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
+    for start in (Path.cwd(), module_folder):
         for folder in (start, *start.parents):
             if (folder / 'settings.ini').exists():
                 return folder
@@ -44,20 +44,20 @@ def output_closed():
     if sys.__stderr__ is None:
         yield
         return  # closed: 2 is some other file by now
-    heard, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    stderr_copy, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(heard, 2)
-        os.close(heard)
-        os.close(nowhere)
+        os.dup2(stderr_copy, 2)
+        os.close(stderr_copy)
+        os.close(devnull)
 
 # %% ../nbs/32_files.ipynb #sealed
 def checksum(content: dict) -> str:
     "Digest of a JSON object, but for its own entry `checksum`."
-    rest = {key: value for key, value in content.items() if key != 'seal'}
-    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+    entries = {key: value for key, value in content.items() if key != 'seal'}
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def with_checksum(content: dict) -> dict:
@@ -115,12 +115,12 @@ def put_back(folder: Path):
 # %% ../nbs/32_files.ipynb #write-whole
 def write_whole(path: Path, text: str):
     "Give a file this content at once; raises `OSError`, and leaves it as it was, where that cannot be done."
-    made = path.with_name(f'.tmp-{path.name}')
+    draft = path.with_name(f'.tmp-{path.name}')
     try:
-        made.write_text(text)
-        os.replace(made, path)
+        draft.write_text(text)
+        os.replace(draft, path)
     finally:
-        made.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def log_lines(path: str | Path) -> list[tuple[str, dict]]:
@@ -140,9 +140,9 @@ def log_lines(path: str | Path) -> list[tuple[str, dict]]:
 
 def cut_log(path: Path, step: int):
     "Leave out the lines after `step` and a last one cut off by a crash; the file is replaced at once."
-    whole = ''.join(line + '\n' for line, row in log_lines(path) if row['step'] <= step)
-    if not path.exists() or path.read_bytes() != whole.encode():
-        write_whole(path, whole)
+    text = ''.join(line + '\n' for line, row in log_lines(path) if row['step'] <= step)
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_whole(path, text)
 
 # %% ../nbs/32_files.ipynb #log-row
 def log_row(line: bytes, parse: Callable[[dict], dict]) -> dict | None:

@@ -79,10 +79,10 @@ def qwen3_names(cfg: ModelConfig) -> dict[str, list[str]]:
             names[f'{ours}.attn.{x}_norm'] = [f'{theirs}.self_attn.{x}_norm']
         if sparse:
             names[f'{ours}.mlp.router.score'] = [f'{theirs}.mlp.gate']
-        at = f'{ours}.mlp.experts' if sparse else f'{ours}.mlp'
+        prefix = f'{ours}.mlp.experts' if sparse else f'{ours}.mlp'
         mlps = [f'{theirs}.mlp.experts.{e}' for e in range(cfg.n_experts)] if sparse else [f'{theirs}.mlp']
-        names[f'{at}.c_fc'] = [f'{mlp}.{x}_proj' for mlp in mlps for x in ('gate', 'up')]
-        names[f'{at}.c_proj'] = [f'{mlp}.down_proj' for mlp in mlps]
+        names[f'{prefix}.c_fc'] = [f'{mlp}.{x}_proj' for mlp in mlps for x in ('gate', 'up')]
+        names[f'{prefix}.c_proj'] = [f'{mlp}.down_proj' for mlp in mlps]
     return {
         name if 'experts' in name else f'{name}.weight': [f'model.{part}.weight' for part in parts]
         for name, parts in names.items()
@@ -329,13 +329,13 @@ def architecture(cfg: ModelConfig) -> str:
 
     Raises `BadInput` with the options in which it differs.
     """
-    name, its = next((name, its) for name, its in ARCHITECTURES.items() if its.meant(cfg))
+    name, arch = next((name, arch) for name, arch in ARCHITECTURES.items() if arch.meant(cfg))
     wrong = [
         f'{option}={value} (here {getattr(cfg, option)})'
-        for option, value in its.fixed.items()
+        for option, value in arch.fixed.items()
         if getattr(cfg, option) != value
     ]
-    wrong += its.limits(cfg)
+    wrong += arch.limits(cfg)
     if not wrong:
         return name
     hint = '; the preset onboard_modern trains one that has' if name == 'qwen3_moe' else ''
@@ -349,16 +349,16 @@ def hf_config(cfg: ModelConfig, end: int):
 
     Raises `BadInput` where it has none.
     """
-    its = ARCHITECTURES[architecture(cfg)]
+    arch = ARCHITECTURES[architecture(cfg)]
     import transformers
 
-    return getattr(transformers, its.config)(
+    return getattr(transformers, arch.config)(
         vocab_size=cfg.vocab_size,
         bos_token_id=end,
         eos_token_id=end,
         tie_word_embeddings=True,
-        architectures=[its.model],
-        **its.entries(cfg),
+        architectures=[arch.model],
+        **arch.entries(cfg),
     )
 
 # %% ../nbs/40_huggingface.ipynb #load-hf
@@ -398,17 +398,17 @@ def recover_bpe_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The two entries that made each longer one, in order: where BPE ends when it may not make the entry
     itself.
     """
-    found = []
-    for word, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
-        parts = [word[i : i + 1] for i in range(len(word))]
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
             if best >= rank:
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2 and all(part in ranks for part in parts):
-            found.append(tuple(parts))
-    return found
+            merges.append(tuple(parts))
+    return merges
 
 # %% ../nbs/40_huggingface.ipynb #hf-tokenizer
 def hf_bpe(tokenizer):
@@ -469,9 +469,9 @@ def read_hf_tokenizer(path: Path):
     try:
         special = {token['content']: token['id'] for token in flat['added_tokens']}
         words = {
-            i: bytes(map(alphabet.get, word))
-            for word, i in flat['model']['vocab'].items()
-            if word not in special
+            i: bytes(map(alphabet.get, spelling))
+            for spelling, i in flat['model']['vocab'].items()
+            if spelling not in special
         }
         ranks = [
             base64.b64encode(words[i]).decode() if i in words else None
@@ -479,7 +479,7 @@ def read_hf_tokenizer(path: Path):
         ]
         splits = flat['pre_tokenizer'].get('pretokenizers')  # GPT-2's has one step instead
         kind = 'bpe' if {bytes([i]) for i in range(256)} <= {*words.values()} else 'chars'
-        made = read_encoding(
+        restored = read_encoding(
             dict(
                 name=kind,
                 pattern=splits[0]['pattern']['Regex'] if splits else PRETOKENIZER_PATTERN,
@@ -490,17 +490,17 @@ def read_hf_tokenizer(path: Path):
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BadInput(f'{path} is not as exports have it') from None
-    again = json.loads(hf_bpe(made).to_str())
-    other = [
-        part
-        for part in ('normalizer', 'pre_tokenizer', 'model', 'decoder', 'added_tokens')
-        if flat[part] != again[part]
+    expected = json.loads(hf_bpe(restored).to_str())
+    differences = [
+        key
+        for key in ('normalizer', 'pre_tokenizer', 'model', 'decoder', 'added_tokens')
+        if flat[key] != expected[key]
     ]
-    if other and not splits and vocabulary(made) == GPT2_VOCABULARY:
+    if differences and not splits and vocabulary(restored) == GPT2_VOCABULARY:
         return None
-    if other:
-        raise BadInput(f'{path} is not as exports have it: another {" and ".join(other)}')
-    return made
+    if differences:
+        raise BadInput(f'{path} is not as exports have it: another {" and ".join(differences)}')
+    return restored
 
 
 GPT2_VOCABULARY = '02cbd1d6a2b849c110f489440a8597f9f7b24d7bea3b6104e12c4bbec423f5df'
@@ -519,8 +519,8 @@ def write_hf(folder: Path, model: GPT, tokenizer, config):
 
     (folder / 'nanomoe').mkdir(parents=True)
     config.save_pretrained(folder)
-    its = ARCHITECTURES[architecture(model.cfg)]
-    weights = {name: t.detach().contiguous() for name, t in its.weights(model).items()}
+    arch = ARCHITECTURES[architecture(model.cfg)]
+    weights = {name: t.detach().contiguous() for name, t in arch.weights(model).items()}
     save_file(weights, folder / 'model.safetensors', {'format': 'pt'})
     # whoever may read the folder may read it
     (folder / 'model.safetensors').chmod(folder.stat().st_mode & 0o666)
@@ -528,7 +528,7 @@ def write_hf(folder: Path, model: GPT, tokenizer, config):
     save_tokenizer(tokenizer, folder / 'nanomoe')
     # transformers 4 has these names
     update_json(folder / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
-    update_json(folder / 'config.json', **its.notes(model.cfg))
+    update_json(folder / 'config.json', **arch.notes(model.cfg))
     # ids without bytes, never to be drawn
     padding = [*range(tokenizer.n_vocab, model.cfg.vocab_size)] or None
     GenerationConfig(

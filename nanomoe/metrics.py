@@ -34,7 +34,7 @@ class StepStats(NamedTuple):
 
     def pack(self) -> Tensor:
         "All sums as one flat vector, so that they are added up over processes at once."
-        return torch.cat([part.flatten() for part in self])
+        return torch.cat([field.flatten() for field in self])
 
     @classmethod
     def unpack(cls, flat: Tensor, n_layers: int, n_experts: int) -> 'StepStats':
@@ -58,8 +58,8 @@ def layer_stats(r: Routing) -> tuple[Tensor, ...]:
     real = torch.ones_like(r.expert_ids, dtype=torch.bool) if r.assigned is None else r.assigned
     dropped = none if r.kept is None else (real & ~r.kept).sum().float()
     unassigned = none if r.assigned is None else (~r.assigned).all(-1).sum().float()
-    rest = probs.scatter(-1, r.expert_ids, 0.0).amax(-1)
-    margin = (probs.gather(-1, r.expert_ids).amin(-1) - rest).sum()
+    runner_up = probs.scatter(-1, r.expert_ids, 0.0).amax(-1)
+    margin = (probs.gather(-1, r.expert_ids).amin(-1) - runner_up).sum()
     entropy = torch.special.entr(probs).sum()
     return r.counts(), dropped, unassigned, entropy, margin, r.logits.detach().square().mean(-1).sum()
 

@@ -226,8 +226,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             else (None, None)
         )
         for i in range(0, len(x), chunk):
-            here, y = x[i : i + chunk], targets[i : i + chunk]
-            logits = (here @ weight.T).float()  # (chunk, V)
+            rows, y = x[i : i + chunk], targets[i : i + chunk]
+            logits = (rows @ weight.T).float()  # (chunk, V)
             mask = (y >= 0).float().unsqueeze(1)  # 0 where there is no target
             y = y.clamp(min=0).unsqueeze(1)
             log_sum = logits.logsumexp(-1, keepdim=True)
@@ -236,7 +236,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             dlogits = subtract_one_at(logits.sub_(log_sum).exp_(), y).mul_(mask).to(x.dtype)
             dx[i : i + chunk] = dlogits @ weight
-            dw += dlogits.T @ here
+            dw += dlogits.T @ rows
         ctx.save_for_backward(dx, dw, count)
         return loss / count
 

@@ -81,9 +81,9 @@ class Muon(torch.optim.AdamW):
                 torch.cat([grad.view(-1, *shape).abs().amax((1, 2), keepdim=True) for _, _, grad in members])
                 > 0
             )
-            made = torch.zeros_like(stack)
-            made[rank::size] = newton_schulz(stack[rank::size]) * alive[rank::size]
-            parts = all_reduce(made).split([p.numel() // shape.numel() for p, _, _ in members])
+            updates = torch.zeros_like(stack)
+            updates[rank::size] = newton_schulz(stack[rank::size]) * alive[rank::size]
+            parts = all_reduce(updates).split([p.numel() // shape.numel() for p, _, _ in members])
             for (p, group, _), d in zip(members, parts):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.add_(d.view_as(p), alpha=-group['lr'] * 0.2 * max(shape) ** 0.5)

@@ -33,12 +33,12 @@ def find_device(name: str = 'auto', local_rank: int = 0) -> torch.device:
     except RuntimeError:
         raise BadInput(f'device must be auto, cpu, cuda, cuda:N or mps, got {name}') from None
     if device.type == 'cuda':
-        here, n = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
-        if here > max(n, 1):
-            raise BadInput(f'{here} processes on one machine need as many GPUs, and this one has {n}')
-        if here > 1 and device.index is not None:
+        n_processes, n = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
+        if n_processes > max(n, 1):
+            raise BadInput(f'{n_processes} processes on one machine need as many GPUs, and this one has {n}')
+        if n_processes > 1 and device.index is not None:
             raise BadInput(
-                f'device must be cuda without an index for {here} processes on one machine, got {name}'
+                f'device must be cuda without an index for {n_processes} processes on one machine, got {name}'
             )
         if device.index is None:
             device = torch.device('cuda', local_rank)
@@ -130,7 +130,7 @@ def deterministic(on: bool):
     import torch._inductor.config as inductor
 
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # fixed cuBLAS workspace
-    before = (
+    old_mode = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
@@ -141,7 +141,7 @@ def deterministic(on: bool):
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(old_mode[0], warn_only=old_mode[1])
         torch.utils.deterministic.fill_uninitialized_memory, inductor.deterministic = filled, chosen
 
 # %% ../nbs/11_parallel.ipynb #stop-request
@@ -239,27 +239,27 @@ class Watchdog:
             'checkpoint'
         )
         try:
-            told = [self.store.get(str(rank)).decode().split() for rank in range(self.size)]
+            beats = [self.store.get(str(rank)).decode().split() for rank in range(self.size)]
         except RuntimeError:
             return f'the process that hosts the store is gone, and process {self.rank} {end}'
-        counts = [int(count) for count, _, _ in told]
-        late = [rank for rank, count in enumerate(counts) if count == min(counts)]
-        if len(late) < self.size and self.rank != min(set(range(self.size)) - set(late)):
+        counts = [int(count) for count, _, _ in beats]
+        stuck_ranks = [rank for rank, count in enumerate(counts) if count == min(counts)]
+        if len(stuck_ranks) < self.size and self.rank != min(set(range(self.size)) - set(stuck_ranks)):
             return ''
-        names = ' and '.join(f'process {rank} (pid {told[rank][1]} on {told[rank][2]})' for rank in late)
-        who = f'all {self.size} processes' if len(late) == self.size else names
+        names = ' and '.join(
+            f'process {rank} (pid {beats[rank][1]} on {beats[rank][2]})' for rank in stuck_ranks
+        )
+        who = f'all {self.size} processes' if len(stuck_ranks) == self.size else names
         return f'{who} {end}'
 
 # %% ../nbs/11_parallel.ipynb #start
 def dist_context(device: str = 'auto') -> DistContext:
     "This process among those that torchrun started, by its environment, or alone; they have not met yet."
-    found = find_device(device, int(os.environ.get('LOCAL_RANK', 0)))
-    if found.type == 'cuda':
-        torch.cuda.set_device(found)
+    dev = find_device(device, int(os.environ.get('LOCAL_RANK', 0)))
+    if dev.type == 'cuda':
+        torch.cuda.set_device(dev)
     rank = launched_rank()
-    return (
-        DistContext(device=found) if rank is None else DistContext(rank, int(os.environ['WORLD_SIZE']), found)
-    )
+    return DistContext(device=dev) if rank is None else DistContext(rank, int(os.environ['WORLD_SIZE']), dev)
 
 
 def rendezvous(store, rank: int, size: int) -> str:
@@ -385,12 +385,12 @@ class Feed:
         self.stop, self.coming, self.thread = stop, {}, ThreadPoolExecutor(1)
 
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
-        wanted = [
+        numbers = [
             n
             for n in range(number, number + (self.ahead + 1) * self.stride, self.stride)
             if n == number or self.stop is None or n < self.stop
         ]
-        self.coming = {n: self.coming.get(n) or self.thread.submit(self.fetch, n) for n in wanted}
+        self.coming = {n: self.coming.get(n) or self.thread.submit(self.fetch, n) for n in numbers}
         return tuple(t.to(self.device, non_blocking=True) for t in self.coming.pop(number).result())
 
     def fetch(self, number: int) -> tuple[Tensor, ...]:

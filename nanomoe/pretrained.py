@@ -87,18 +87,18 @@ def load_run(out_dir: str | Path) -> GPT:
     folder = resolve(out_dir)
     if (folder / 'meta.json').exists():
         try:
-            found = checkpoint.load(folder)
+            ckpt = checkpoint.load(folder)
         except ValueError as e:
             raise BadInput(str(e)) from None
     else:
-        found = checkpoint.load_latest(folder)
-    if found is None:
+        ckpt = checkpoint.load_latest(folder)
+    if ckpt is None:
         raise BadInput(f'{out_dir} holds no checkpoint; train one with: python -m nanomoe.train')
-    if 'config' not in found.meta or 'model' not in found.tensors:
-        raise BadInput(f'{found.path} holds no model with its configuration')
-    cfg, _ = from_dict(found.meta['config'])
+    if 'config' not in ckpt.meta or 'model' not in ckpt.tensors:
+        raise BadInput(f'{ckpt.path} holds no model with its configuration')
+    cfg, _ = from_dict(ckpt.meta['config'])
     check(cfg)
-    return with_weights(cfg, found.tensors['model'])
+    return with_weights(cfg, ckpt.tensors['model'])
 
 
 def run_folder(path: str | Path) -> Path:
@@ -109,9 +109,9 @@ def run_folder(path: str | Path) -> Path:
 # %% ../nbs/42_pretrained.ipynb #load-ckpt
 def load_ckpt(path: Path) -> GPT:
     "The model in a `ckpt.pt` of nanoGPT or of the original nanoMoE; raises `BadInput` for any other file."
-    held = read_ckpt(path)
+    content = read_ckpt(path)
     try:
-        return from_nanomoe(held['model'], held['model_args'])
+        return from_nanomoe(content['model'], content['model_args'])
     except BadInput as e:
         raise BadInput(f'{path} cannot be loaded: {e}') from None
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -121,12 +121,12 @@ def load_ckpt(path: Path) -> GPT:
 def read_ckpt(path: Path) -> dict:
     "What a file of `torch.save` holds, its arrays left on disk until they are read; no code in it is run."
     try:
-        held = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception:  # every way to be wrong has its own
         raise BadInput(f'{path} is no file of arrays and plain values alone, and is not loaded') from None
-    if not isinstance(held, dict) or not isinstance(held.get('model_args'), dict):
+    if not isinstance(ckpt, dict) or not isinstance(ckpt.get('model_args'), dict):
         raise BadInput(f'{path} holds no model_args: neither nanoGPT nor nanoMoE wrote it')
-    return held
+    return ckpt
 
 # %% ../nbs/42_pretrained.ipynb #load-model
 def kind_of(where: str | Path) -> str:
@@ -199,24 +199,24 @@ def export_hf(where: str | Path, out: str | Path) -> float:
     put_back(folder)
     check_exportable(model, tokenizer, folder)
     sweep_exports(folder)
-    made = folder.with_name(f'.tmp-{folder.name}-{os.getpid()}')
+    tmp_folder = folder.with_name(f'.tmp-{folder.name}-{os.getpid()}')
     try:
-        write_hf(made, model, tokenizer, config)
-        gap = max_logit_diff(model, made)
-        put_in_place(made, folder)
+        write_hf(tmp_folder, model, tokenizer, config)
+        gap = max_logit_diff(model, tmp_folder)
+        put_in_place(tmp_folder, folder)
     except OSError as e:
         raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(tmp_folder, ignore_errors=True)
     return gap
 
 
 def sweep_exports(folder: Path):
     "Remove what exports to this folder left behind when they were killed."
-    for left in folder.parent.glob(f'.tmp-{folder.name}-*'):
-        number = left.name.rsplit('-', 1)[1]
-        if number.isdecimal() and not runs(int(number)) and (left / 'nanomoe').exists():
-            shutil.rmtree(left)
+    for leftover in folder.parent.glob(f'.tmp-{folder.name}-*'):
+        number = leftover.name.rsplit('-', 1)[1]
+        if number.isdecimal() and not runs(int(number)) and (leftover / 'nanomoe').exists():
+            shutil.rmtree(leftover)
 
 
 def runs(pid: int) -> bool:

@@ -63,10 +63,11 @@ def read_rows(path: Path) -> list[dict]:
     "The sound lines of a run's log.jsonl, each after the one before; raises `BadInput` when there are none."
     if not path.is_file():
         raise BadInput(f'{path} does not exist; give the folder of a run')
-    rows = in_order(found := read_log(path))
-    if len(rows) < len(found):
+    rows = in_order(log_rows := read_log(path))
+    if len(rows) < len(log_rows):
         print_status(
-            f'{path}: {len(found) - len(rows)} lines are left out, as later ones take their place', sys.stderr
+            f'{path}: {len(log_rows) - len(rows)} lines are left out, as later ones take their place',
+            sys.stderr,
         )
     if not rows:
         raise BadInput(f'{path} holds no line of a run yet')
@@ -174,12 +175,12 @@ def samples_of(lines: Sequence[dict], logged: int) -> Samples | None:
         if kind(line) == usual:
             by_step.setdefault(line['step'], {})[line['domain']] = line  # not from before a change of top_k
     last = by_step[max(by_step)]
-    whole = {
+    complete_steps = {
         step: [texts[name] for name in last] for step, texts in by_step.items() if last.keys() <= texts.keys()
     }
     ids = {
         step: np.concatenate([line['expert_ids'] for line in texts], 1).astype(int)
-        for step, texts in whole.items()
+        for step, texts in complete_steps.items()
     }
     alike = [step for step in ids if ids[step].shape == ids[max(ids)].shape]  # (L, N, K)
     return Samples(
@@ -385,25 +386,25 @@ def details(summary: str, body: str) -> str:
 
 def facts(rows: Sequence[dict], settings: dict) -> str:
     "HTML table of a run's results."
-    last, held = rows[-1], finite(finite(rows, 'val_ce'), 'val_bpb')
+    last, val_rows = rows[-1], finite(finite(rows, 'val_ce'), 'val_bpb')
     speeds = [row['tok_per_s'] for row in rows if 'tok_per_s' in row]
-    of = f' of {settings["max_iters"]:,}' if settings else ''
-    lines = [('steps', f'{last["step"]:,}{of}'), ('tokens trained on', f'{last.get("tokens", 0):,}')]
+    suffix = f' of {settings["max_iters"]:,}' if settings else ''
+    lines = [('steps', f'{last["step"]:,}{suffix}'), ('tokens trained on', f'{last.get("tokens", 0):,}')]
     if speeds:
         lines.append(('tokens per second', f'{np.median(speeds):,.0f}, median'))
     lines.append(('updates skipped, spikes', f'{last.get("skipped", 0)}, {last.get("spikes", 0)}'))
-    if held:
-        best = min(held, key=lambda row: row['val_ce'])
+    if val_rows:
+        best = min(val_rows, key=lambda row: row['val_ce'])
         lines.append(
             (
                 'validation',
-                f'{held[-1]["val_bpb"]:.3f} bits per byte, {held[-1]["val_ce"]:.3f} nats per token',
+                f'{val_rows[-1]["val_bpb"]:.3f} bits per byte, {val_rows[-1]["val_ce"]:.3f} nats per token',
             )
         )
         lines.append(('best', f'{best["val_bpb"]:.3f} bits per byte at step {best["step"]:,}'))
     domains = [
-        (f'validation: {key[8:]}', f'{held[-1][key]:.3f} bits per byte')
-        for key in (held or [{}])[-1]
+        (f'validation: {key[8:]}', f'{val_rows[-1][key]:.3f} bits per byte')
+        for key in (val_rows or [{}])[-1]
         if key.startswith('val_bpb_')
     ]
     if len(domains) <= 12:
@@ -653,19 +654,19 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
             }
             try:
                 with live.lock:
-                    found = live.answer(address.path, asked.get('layer', 0), asked.get('step', -1))
-                status = 200 if found else 204
+                    answer = live.answer(address.path, asked.get('layer', 0), asked.get('step', -1))
+                status = 200 if answer else 204
             except BadInput as e:
-                found, status = ('text/plain', str(e)), 500
+                answer, status = ('text/plain', str(e)), 500
             if address.path not in ('/', '/board', '/text'):
-                found, status = None, 404
+                answer, status = None, 404
             with suppress(ConnectionError):  # a page that was closed
                 self.send_response(status)
-                if found:
-                    self.send_header('Content-Type', f'{found[0]}; charset=utf-8')
+                if answer:
+                    self.send_header('Content-Type', f'{answer[0]}; charset=utf-8')
                 self.end_headers()
-                if found:
-                    self.wfile.write(found[1].encode('utf-8', 'replace'))
+                if answer:
+                    self.wfile.write(answer[1].encode('utf-8', 'replace'))
 
         def log_message(self, *words):
             pass  # a line per question would hide the address
@@ -743,11 +744,11 @@ def watch(run: str | Path, port: int | None = None, open: bool = True, host: str
     if folder.is_file():
         raise BadInput(f'{escape_controls(str(run))} is a file; give the folder of a run')
     with server_at(run, port, host) as http:
-        here, n = host in ('127.0.0.1', 'localhost', '0.0.0.0', '::', '::1'), http.server_port
-        at = 'localhost' if here else f'[{host}]' if ':' in host else host
-        print_status(f'watching    {escape_controls(str(run))} at http://{at}:{n}/ (Ctrl-C ends)')
+        is_local, n = host in ('127.0.0.1', 'localhost', '0.0.0.0', '::', '::1'), http.server_port
+        url_host = 'localhost' if is_local else f'[{host}]' if ':' in host else host
+        print_status(f'watching    {escape_controls(str(run))} at http://{url_host}:{n}/ (Ctrl-C ends)')
         print_status(
-            f'elsewhere   ssh -L {n}:{at}:{n} {socket.gethostname()}, then http://localhost:{n}/ there'
+            f'elsewhere   ssh -L {n}:{url_host}:{n} {socket.gethostname()}, then http://localhost:{n}/ there'
         )
         if not os.path.exists(folder / 'log.jsonl'):
             beside = (
@@ -763,7 +764,7 @@ def watch(run: str | Path, port: int | None = None, open: bool = True, host: str
             )
         try:
             if open:
-                webbrowser.open(f'http://{at}:{n}/')
+                webbrowser.open(f'http://{url_host}:{n}/')
             http.serve_forever()
         except KeyboardInterrupt:
             print()

@@ -172,19 +172,19 @@ def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
     What may begin one waits for the rest.
     """
-    held = ''
+    buffer = ''
     for piece in pieces:
-        held += piece
-        found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
-        if found:
-            yield held[: min(found)[1]]
+        buffer += piece
+        matches = [(start + len(stop), start) for stop in stops if (start := buffer.find(stop)) >= 0]
+        if matches:
+            yield buffer[: min(matches)[1]]
             return
         waiting = max(
-            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0
+            (n for stop in stops for n in range(1, len(stop)) if buffer.endswith(stop[:n])), default=0
         )
-        yield held[: len(held) - waiting]
-        held = held[len(held) - waiting :]
-    yield held
+        yield buffer[: len(buffer) - waiting]
+        buffer = buffer[len(buffer) - waiting :]
+    yield buffer
 
 
 def unescaped(text: str) -> str:

@@ -46,8 +46,8 @@ def kept_bytes(cfg: ModelConfig, a: int = 4) -> dict[str, float]:
     C, width, sparse = cfg.n_embd, cfg.d_expert, len(moe_layers(cfg))
     keys, hidden = C * cfg.kv_heads / cfg.n_head, 4 if cfg.activation == 'swiglu' else 2
     turned = (2 * C + keys) * (cfg.positions == 'rotary' or cfg.qk_norm) + (C + keys) * cfg.qk_norm
-    K, kept = cfg.top_k, cfg.top_k * min(cfg.capacity_factor or 1, 1)  # rows per token, at most
-    rows = kept * (2 * C + hidden * width) + hidden * cfg.n_shared_experts * width
+    K, slots = cfg.top_k, cfg.top_k * min(cfg.capacity_factor or 1, 1)  # rows per token, at most
+    rows = slots * (2 * C + hidden * width) + hidden * cfg.n_shared_experts * width
     return {
         'norms': 4 * C * (2 * cfg.n_layer + 1) * (1 if cfg.norm == 'layernorm' else 2),
         'attention': cfg.n_layer * (a * (3 * C + 2 * keys + turned) + 4 * cfg.n_head),
@@ -67,11 +67,11 @@ def step_bytes(
     N, V, a = batch * cfg.block_size, cfg.vocab_size, 2 if low else 4
     parts = weights_by_part(cfg)
     matrices = ('embedding and head', 'attention', 'dense MLPs', 'shared experts', 'experts')
-    before = (6 if low else 4) * (N > chunk)  # bytes left of the chunk before
+    leftover = (6 if low else 4) * (N > chunk)  # bytes left of the chunk before
     return state_bytes(cfg, optimizer) | {
         'bfloat16 copies': 2 * sum(parts[part] for part in matrices) * low,
         'activations': N * sum(kept_bytes(cfg, a).values()),
-        'head': N * a * cfg.n_embd + 4 * V * cfg.n_embd + min(N, chunk) * V * (8 + before),
+        'head': N * a * cfg.n_embd + 4 * V * cfg.n_embd + min(N, chunk) * V * (8 + leftover),
     }
 
 # %% ../nbs/23_sizing.ipynb #checkpoint
@@ -159,12 +159,12 @@ def timed(
         if passes[-1][1] > 2 or (rows, length) == (B, T):
             break
         rows, length = (1, min(2 * length, T)) if length < T else (min(2 * rows, B), T)
-    (before, least), (n, most) = passes[-2:]
+    (n_previous, least), (n, most) = passes[-2:]
     updating = []
     for _ in range(2):
         work()  # an update needs gradients, and the one before took them
         updating += [seconds(update)]
-    return most + max(most - least, 0) / (n - before) * (B * T - n), min(updating), n
+    return most + max(most - least, 0) / (n - n_previous) * (B * T - n), min(updating), n
 
 # %% ../nbs/23_sizing.ipynb #needs
 def needs(
@@ -172,7 +172,7 @@ def needs(
 ) -> list[str]:
     "Lines about memory and time, given how many micro-batches a step has on this process."
     cuda, low = world.device.type == 'cuda', dtype != torch.float32
-    rest = sum(state_bytes(model_cfg, cfg.optimizer).values())
+    state = sum(state_bytes(model_cfg, cfg.optimizer).values())
     peak = sum(step_bytes(model_cfg, cfg.batch_size, low, 4096 if cuda else 1024, cfg.optimizer).values())
     memory = (
         torch.cuda.get_device_properties(world.device).total_memory
@@ -180,7 +180,7 @@ def needs(
         else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     )
     lines = [
-        f'memory      {counted(rest, "B")} for weights, gradients and optimizer, about '
+        f'memory      {counted(state, "B")} for weights, gradients and optimizer, about '
         f'{counted(peak, "B")} at the peak of a step; '
         f'{counted(memory, "B")} are built in'
     ]
@@ -212,7 +212,7 @@ def dry_run(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> str:
     if cfg.eval_only:
         lines += ['batch       none: with eval_only a run evaluates once and trains nothing']
     else:
-        per_token, there = (
+        per_token, base = (
             flops_per_token(model_cfg),
             next(path for path in (out_dir, *out_dir.parents) if path.exists()),
         )
@@ -224,7 +224,7 @@ def dry_run(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> str:
             *needs(model_cfg, cfg, world, dtype, accumulated),
             f'disk        {counted(checkpoint_bytes(model_cfg, cfg.optimizer), "B")} per checkpoint, up to '
             f'{cfg.keep_checkpoints + 2} at once; '
-            f'{counted(shutil.disk_usage(there).free, "B")} are free',
+            f'{counted(shutil.disk_usage(base).free, "B")} are free',
             f'folder      {out_dir}' + ' (holds a run)' * checkpoint.is_run(out_dir),
         ]
     if idle := without_effect(model_cfg, cfg, given):

@@ -53,7 +53,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         ),
     )
     ids = sorted(bpe.get_vocab().items(), key=lambda entry: entry[1])
-    return {bytes(alphabet[ch] for ch in word): i for i, (word, _) in enumerate(ids)}
+    return {bytes(alphabet[ch] for ch in token): i for i, (token, _) in enumerate(ids)}
 
 # %% ../nbs/34_tokenizer.ipynb #tokenizer
 def tiktoken_encoding(
@@ -100,14 +100,14 @@ def check_characters(tokenizer, text: str, where: str):
 
 @lru_cache(4)
 def characters_of(tokenizer) -> set[str]:
-    return {word.decode() for word in tokenizer._mergeable_ranks}
+    return {token.decode() for token in tokenizer._mergeable_ranks}
 
 # %% ../nbs/34_tokenizer.ipynb #tokenizer-files
 def save_tokenizer(tokenizer, folder: Path):
     "Write `tokenizer.json`: the tokenizer's pattern, byte sequences by rank and special tokens."
     words = [None] * (max(tokenizer._mergeable_ranks.values()) + 1)  # p50k_base leaves a rank out
-    for word, rank in tokenizer._mergeable_ranks.items():
-        words[rank] = base64.b64encode(word).decode()
+    for token, rank in tokenizer._mergeable_ranks.items():
+        words[rank] = base64.b64encode(token).decode()
     flat = dict(
         name=tokenizer.name, pattern=tokenizer._pat_str, ranks=words, special=tokenizer._special_tokens
     )
@@ -132,16 +132,16 @@ def read_encoding(flat: dict, path: Path):
     Raises `BadInput`, naming the file, for what describes none.
     """
     try:
-        ranks = {base64.b64decode(word): i for i, word in enumerate(flat['ranks']) if word is not None}
+        ranks = {base64.b64decode(token): i for i, token in enumerate(flat['ranks']) if token is not None}
         special = flat.get('special', {EOT: len(ranks)})
         if not special[EOT] >= 0 or not {*range(len(flat['ranks']))} <= {*ranks.values(), *special.values()}:
             raise ValueError('ids without a meaning')
         with output_closed():
-            made = tiktoken_encoding(flat['name'], flat['pattern'], ranks, special)
-            lost = made.name != 'chars' and made.decode(made.encode_ordinary('a 1')) != 'a 1'
+            restored = tiktoken_encoding(flat['name'], flat['pattern'], ranks, special)
+            lost = restored.name != 'chars' and restored.decode(restored.encode_ordinary('a 1')) != 'a 1'
         if lost:
             raise ValueError('its pattern loses text')
-        return made
+        return restored
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise BadInput(f'{path} holds no tokenizer ({e})') from None
     except BaseException as e:  # a panic of Rust's

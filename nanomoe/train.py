@@ -218,8 +218,8 @@ class SharedRun(RunState):
         """All processes are there: in the block they share gradients. Raises `BadInput` where they hold
         different steps.
         """
-        self.world, here = world, torch.tensor(float(self.step), device=world.device)
-        oldest, newest = all_reduce(here.clone(), 'min'), all_reduce(here, 'max')
+        self.world, step = world, torch.tensor(float(self.step), device=world.device)
+        oldest, newest = all_reduce(step.clone(), 'min'), all_reduce(step, 'max')
         if oldest != newest:
             raise BadInput(
                 f'the processes would continue from steps {oldest:.0f} to {newest:.0f}; '
@@ -313,7 +313,7 @@ class Counts(MicroBatches):
         "One step's sums as the figures a log line has, but for those of an evaluation."
         cfg, model_cfg = self.cfg, self.model_cfg
         ce, balance, z = (t.item() / cfg.gradient_accumulation_steps for t in stats[:3])
-        each = health(stats, self.tokens_per_step)
+        routing_health = health(stats, self.tokens_per_step)
         return Record(
             step=self.step,
             tokens=self.step * self.tokens_per_step,
@@ -321,9 +321,9 @@ class Counts(MicroBatches):
             balance_loss=balance,
             z_loss=z,
             load=stats.counts.int().tolist(),
-            drop_rate=mean(each.drop_rate),
-            entropy=mean(each.entropy),
-            health=each,
+            drop_rate=mean(routing_health.drop_rate),
+            entropy=mean(routing_health.entropy),
+            health=routing_health,
             grad_norm=norm,
             lr=lr_at(self.step - 1, cfg),
             tok_per_s=tok_per_s,
@@ -353,8 +353,8 @@ class TrainStep(Counts):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
         bad, stop = (~torch.isfinite(norm + packed[0])).float(), packed.new_full((), bool(self.stop.signals))
         total = all_reduce(torch.cat([packed, bad[None], stop[None]]))
-        here = torch.cat([total, norm[None]]).cpu()  # the only host sync
-        stats, (bad, stop, norm) = self.unpack(here[:-3]), here[-3:].tolist()
+        host_copy = torch.cat([total, norm[None]]).cpu()  # the only host sync
+        stats, (bad, stop, norm) = self.unpack(host_copy[:-3]), host_copy[-3:].tolist()
         self.halt = stop > 0
         with self.changing:
             if bad == 0:
@@ -402,21 +402,20 @@ def check_same_run(found: checkpoint.Checkpoint, run: RunState):
         )
     if not isinstance(found.meta['config'], dict):
         raise BadInput(f'{found.path} holds no settings; use another --out_dir')
-    before = (
-        to_dict(ModelConfig(), TrainConfig()) | found.meta['config']
-    )  # defaults of options it did not know
-    now = to_dict(run.model_cfg, run.cfg)
+    defaults = to_dict(ModelConfig(), TrainConfig())  # of options that the run did not have
+    saved_settings, settings = defaults | found.meta['config'], to_dict(run.model_cfg, run.cfg)
     options = {*dataclasses.asdict(run.model_cfg), 'optimizer', 'seed', 'init_from'} - set(
         allowed_changes(run.cfg)
     )
     changed = [
-        f'{name}={before[name]} (asked for {now[name]})'
-        for name in before
-        if name in options and before[name] != now[name]
+        f'{name}={saved_settings[name]} (asked for {settings[name]})'
+        for name in saved_settings
+        if name in options and saved_settings[name] != settings[name]
     ]
-    if per_step(before) != per_step(now):
+    if per_step(saved_settings) != per_step(settings):
         changed.append(
-            f'batch_size * gradient_accumulation_steps = {per_step(before)} (asked for {per_step(now)})'
+            f'batch_size * gradient_accumulation_steps = {per_step(saved_settings)} (asked for '
+            f'{per_step(settings)})'
         )
     if changed:
         raise BadInput(
@@ -428,10 +427,10 @@ def check_same_run(found: checkpoint.Checkpoint, run: RunState):
             f'{run.out_dir} holds a run on other data than {run.data.folder}; continue it on its own '
             'data, or use another --out_dir'
         )
-    if (before := found.meta.get('weights', run.data.weights)) != run.data.weights:
+    if (saved_weights := found.meta.get('weights', run.data.weights)) != run.data.weights:
         raise BadInput(
             f'{run.out_dir} holds a run on another mixture of {run.data.folder}: its weights were '
-            f'{before}, and are '
+            f'{saved_weights}, and are '
             f'{run.data.weights} now; prepare it as it was, or use another --out_dir'
         )
 
@@ -551,15 +550,15 @@ class Checkpoints(Saving):
 
     def find_checkpoint(self) -> checkpoint.Checkpoint | None:
         "The checkpoint that a run continues from; raises `BadInput` where that cannot be what was meant."
-        found, folder = checkpoint.load_latest(self.out_dir), self.out_dir
-        if found:
-            check_same_run(found, self)
+        ckpt, folder = checkpoint.load_latest(self.out_dir), self.out_dir
+        if ckpt:
+            check_same_run(ckpt, self)
         elif checkpoint.steps(folder):
             raise BadInput(
                 f'{folder} holds checkpoints, but none can be read; remove them to start over, '
                 'or use another --out_dir'
             )
-        return found
+        return ckpt
 
     def restore(self, found: checkpoint.Checkpoint):
         """Load a checkpoint's weights, optimizer state and counters.
@@ -598,15 +597,15 @@ class SafeRun(Checkpoints):
         """
         if self.world.first:
             self.wait_for_checkpoint()
-        there = [path for path in checkpoint.steps(self.out_dir) if path.exists()]
-        good = [path for path in there if checkpoint.step_of(path) < began]
+        paths = [path for path in checkpoint.steps(self.out_dir) if path.exists()]
+        good = [path for path in paths if checkpoint.step_of(path) < began]
         if not good:
             return (
                 f'{self.out_dir} holds no checkpoint from before that; with another learning rate, use '
                 'another '
                 '--out_dir'
             )
-        for path in there[len(good) :] if self.world.first else []:
+        for path in paths[len(good) :] if self.world.first else []:
             path.rename(f'{path}-diverged')
         return f'the same command resumes from {good[-1]}, best with a lower learning_rate'
 
@@ -839,14 +838,15 @@ __getattr__ = moved('optim', 'metrics', 'dataset')  # for names imported from he
 # %% ../nbs/09_train.ipynb #main
 def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:
     "One line of progress."
-    loads = [[n / max(sum(layer), 1) for n in layer] for layer in r.load]
-    experts = f'max load {max(map(max, loads)):.0%}  dropped {r.drop_rate:.1%}  ' if loads else ''
-    # seconds
-    left = round((time.perf_counter() - started) / max(r.step - first, 1) * (cfg.max_iters - r.step))
-    left = f'{left // 60}:{left % 60:02} left' if r.step > first else ''  # unknown before a second line
+    loads = [max(layer) * len(layer) / max(sum(layer), 1) for layer in r.load]  # 1 = uniform
+    experts = f'max load {max(loads):.2f}  dropped {r.drop_rate:.1%}  ' if loads else ''
+    seconds = round((time.perf_counter() - started) / max(r.step - first, 1) * (cfg.max_iters - r.step))
+    time_left = (
+        f'{seconds // 60}:{seconds % 60:02} left' if r.step > first else ''
+    )  # unknown before a second line
     line = (
         f'step {r.step:>{len(str(cfg.max_iters))}}/{cfg.max_iters}  ce {r.ce:.3f}  {r.bpb:.3f} bits/byte  '
-        f'{r.tok_per_s:,.0f} tok/s  {experts}{left}'
+        f'{r.tok_per_s:,.0f} tok/s  {experts}{time_left}'
     )
     return line + (
         f'  | validation: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else ''
@@ -879,11 +879,11 @@ def heading(run: Trainer, given: list[str] = ()) -> str:
         lines += [f'no effect   {", ".join(idle)}']
     if run.before is None:
         return '\n'.join(lines)
-    before, now = to_dict(ModelConfig(), TrainConfig()) | run.before, to_dict(run.model_cfg, cfg)
+    old_settings, settings = to_dict(ModelConfig(), TrainConfig()) | run.before, to_dict(run.model_cfg, cfg)
     changed = [
-        f'{name} {before[name]} -> {now[name]}'
-        for name in now
-        if name != 'out_dir' and before[name] != now[name]
+        f'{name} {old_settings[name]} -> {settings[name]}'
+        for name in settings
+        if name != 'out_dir' and old_settings[name] != settings[name]
     ]
     goes_on = (
         f'resumed from step {run.step}'

@@ -32,8 +32,8 @@ def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
             raise BadInput(f'{rule}, got {got}')
 
     for option in ('n_layer', 'n_embd', 'bias'):
-        have, wanted = getattr(dense, option), getattr(cfg, option)
-        need(have == wanted, f'{option} must be {have} as in the dense model', wanted)
+        dense_value, new_value = getattr(dense, option), getattr(cfg, option)
+        need(dense_value == new_value, f'{option} must be {dense_value} as in the dense model', new_value)
     need(
         cfg.n_shared_experts == 0, 'n_shared_experts must be 0 for experts made of MLPs', cfg.n_shared_experts
     )
@@ -98,9 +98,9 @@ def upcycle(dense: GPT, cfg: ModelConfig) -> GPT:
     G, sparse = check_upcycling(dense.cfg, cfg), GPT(cfg)
     mlps = {f'h.{i}.mlp.': (dense.h[i].mlp, sparse.h[i].mlp) for i in moe_layers(cfg)}
     tensors = {name: t for name, t in dense.state_dict().items() if not name.startswith(tuple(mlps))}
-    for at, (mlp, moe) in mlps.items():
+    for prefix, (mlp, moe) in mlps.items():
         parts = moe.state_dict() | as_experts(mlp, cfg, G) | in_groups(moe, cfg, G)
-        tensors |= {at + name: t for name, t in parts.items()}
+        tensors |= {prefix + name: t for name, t in parts.items()}
     return fill(sparse, tensors)
 
 

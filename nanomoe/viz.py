@@ -267,11 +267,11 @@ def curve_points(rows: Sequence[dict]) -> tuple[str, np.ndarray, np.ndarray]:
 
 def loss_curve(rows: Sequence[dict], marks: dict[str, float] | None = None, ax: Axes | None = None) -> Figure:
     "Loss over steps, in bits per byte where the log has them, with `marks` as horizontal lines."
-    ax, (unit, trained, held) = axes_in(ax, 6, 3.2), curve_points(rows)
+    ax, (unit, trained, val_points) = axes_in(ax, 6, 3.2), curve_points(rows)
     dots = '.' if len(trained) < 3 else ''
     ax.plot(*trained.T, dots + '-', color='#56B4E9', lw=1, label='training batch')
-    if len(held):
-        ax.plot(*held.T, marker='o', markersize=4, color='#0072B2', label='validation')
+    if len(val_points):
+        ax.plot(*val_points.T, marker='o', markersize=4, color='#0072B2', label='validation')
     for (name, value), style in zip((marks or {}).items(), ('--', ':', '-.')):
         ax.axhline(value, color='k', lw=0.8, ls=style, label=f'{name} {value:.3f}')
     ax.legend(frameon=False, fontsize=8)
@@ -460,8 +460,8 @@ def explore(draw: Callable[..., Figure | str], **controls):
     from IPython.display import display
 
     def drawn():
-        made = draw(**{name: control.value for name, control in controls.items()})
-        return made if isinstance(made, str) else to_png(made)
+        drawing = draw(**{name: control.value for name, control in controls.items()})
+        return drawing if isinstance(drawing, str) else to_png(drawing)
 
     words = isinstance(first := drawn(), str)
     view = (
@@ -615,8 +615,8 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
     ax = axes_in(ax, 2.2 * len(ids), 2.6)
     s = np.linspace(0, 1, 24)
     ease, gap = s * s * (3 - 2 * s), 0.012
-    for layer, here in enumerate(ids):
-        size = np.bincount(here, minlength=n_experts) / len(here)  # (E,)
+    for layer, column in enumerate(ids):
+        size = np.bincount(column, minlength=n_experts) / len(column)  # (E,)
         below = np.cumsum(size + gap) - size
         colors = [expert_color(e) for e in range(n_experts)]
         ax.bar([layer] * n_experts, size, 0.12, below, color=colors)
@@ -633,7 +633,7 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
         if layer + 1 == len(ids):
             break
         ways = np.zeros((n_experts, n_experts))
-        np.add.at(ways, (here, ids[layer + 1]), 1 / len(here))  # (E, E)
+        np.add.at(ways, (column, ids[layer + 1]), 1 / len(column))  # (E, E)
         leave = below[:, None] + ways.cumsum(1) - ways
         arrive = np.cumsum(ways.sum(0) + gap) - ways.sum(0) + ways.cumsum(0) - ways
         for (e, f), width in np.ndenumerate(ways):
