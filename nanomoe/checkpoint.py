@@ -329,8 +329,7 @@ def lock_run(folder: Path):
         lock.close()
         raise BadInput(
             f'another process is writing the run in {folder}, or this one already; wait until it finishes, '
-            'or '
-            'use another --out_dir'
+            'or use another --out_dir'
         ) from None
     except OSError as e:
         print_status(

@@ -430,8 +430,7 @@ def conflicts(m: ModelConfig) -> list[str]:
         need(
             m.capacity_factor and m.eval_capacity_factor,
             'capacity_factor and eval_capacity_factor must be set with router=expert_choice, as they say '
-            'how many '
-            f'tokens an expert takes, got {m.capacity_factor} and {m.eval_capacity_factor}',
+            f'how many tokens an expert takes, got {m.capacity_factor} and {m.eval_capacity_factor}',
         )
     need(m.router != 'hash' or m.jitter == 0, f'jitter must be 0 with router=hash, got {m.jitter}')
     for option in ('capacity_over', 'priority'):

@@ -605,9 +605,8 @@ def only(rows, columns: tuple[str, ...], name: str):
     for column in columns:
         if column not in all_columns:
             raise BadInput(
-                f'{name} has no column of strings named {column}; it has: {", ".join(all_columns)}; say '
-                'which '
-                'with --text_column'
+                f'{name} has no column of strings named {column}; it has: {", ".join(all_columns)}; '
+                'choose one with --text_column'
             )
     return rows.select_columns(list(columns)) if rows.column_names else rows
 

@@ -644,8 +644,7 @@ def check_prepare(sources: list[str], o: Prepare, kind: str):
         (
             len(sources) == 1 or not set(sources) & {*BUILTIN_DATASETS} - {*HUB},
             f'{", ".join(s for s in BUILTIN_DATASETS if s not in HUB)} are prepared one at a time and '
-            'alone, got '
-            f'{" ".join(sources)}; '
+            f'alone, got {" ".join(sources)}; '
             'a folder of that name is ./NAME',
         ),
         (
@@ -722,8 +721,7 @@ def check_once(named: list[tuple[str, list[Path]]]):
         if more:
             raise BadInput(
                 f'{first} and {more[0]} both name {file}, whose text would be in both training and '
-                'validation; '
-                'name it once'
+                'validation; name it once'
             )
 
 # %% ../nbs/37_data.ipynb #token-files

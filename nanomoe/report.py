@@ -682,8 +682,7 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
     except (OSError, OverflowError) as e:
         raise BadInput(
             f'port {port} of {escape_controls(host)} cannot be used: {getattr(e, "strerror", None) or e}; '
-            '--port '
-            '0 finds a free one'
+            '--port 0 finds a free one'
         ) from None
 
 # %% ../nbs/45_report.ipynb #main

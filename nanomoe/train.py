@@ -602,8 +602,7 @@ class SafeRun(Checkpoints):
         if not good:
             return (
                 f'{self.out_dir} holds no checkpoint from before that; with another learning rate, use '
-                'another '
-                '--out_dir'
+                'another --out_dir'
             )
         for path in paths[len(good) :] if self.world.first else []:
             path.rename(f'{path}-diverged')
