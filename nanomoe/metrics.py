@@ -212,11 +212,11 @@ def log_numbers(row: dict) -> dict:
             and len(layers) != len(load)
         ):
             raise ValueError('the health of other layers')
-    lists = {key for key, value in row.items() if isinstance(value, list | dict)} - {
-        'load',
+    allowed = {name for name, kind in Record.__annotations__.items() if 'list' in str(kind)} | {
         'health',
         *by_expert,
     }
+    lists = {key for key, value in row.items() if isinstance(value, list | dict)} - allowed
     if lists:
         raise ValueError(f'{", ".join(lists)} cannot be a list')
     return row

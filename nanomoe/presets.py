@@ -85,6 +85,7 @@ _presets |= {
             capacity_factor=1.25,
             eval_capacity_factor=2.0,
             balance='nano_moe',
+            priority='choice',
             init='switch',
         ),
         TrainConfig(**_gpt2_run | dict(max_iters=50000, eval_interval=500)),

@@ -52,6 +52,7 @@ def nanomoe_config(flat: dict) -> ModelConfig:
         min_capacity=flat['min_capacity'],
         n_experts=flat['n_exp'],
         moe_every=flat['stride'],
+        priority='choice',
         norm_topk_prob=True,
         router='noisy' if flat['use_noisy_top_k'] else 'softmax',
         router_float32=flat['router_use_full_prec'],
