@@ -307,7 +307,7 @@ def test_other_token_ids_do_not_begin_a_run(alone, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and 'has other token ids than the text that' in done.stderr
+    assert done.returncode == 2 and 'was tokenized with a different vocabulary than' in done.stderr
 
 
 def test_a_finished_run_says_what_it_reached(alone):
