@@ -448,10 +448,10 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
     out = {
         'Text by expert': routed_text(s.lines, n_experts),
         'Kinds of tokens': tabs('kinds', layers(kinds)),
-        'Favourite tokens': tabs('favorites', layers(favorites)),
+        'Favorite tokens': tabs('favorites', layers(favorites)),
     }
     if last.shape[2] > 1:
-        out['Chosen together'] = tabs('together', layers(pairs))
+        out['Co-activation'] = tabs('together', layers(pairs))
     if L > 1:
         out['From layer to layer'] = img_tag(
             flow(last[:, :, 0], n_experts), 'ways of tokens through the layers'
@@ -532,8 +532,8 @@ _captions = {
     'through if dropped. Hover to see all K experts.',
     'Kinds of tokens': 'Tokens of the text above by kind; 1 means a kind uses an expert as often as the '
     'average token does.',
-    'Favourite tokens': 'Tokens seen three times or more, with the share that this expert processed.',
-    'Chosen together': 'Co-activation: how often tokens routed to the row\'s expert also go to the '
+    'Favorite tokens': 'Tokens seen three times or more, with the share that this expert processed.',
+    'Co-activation': 'Co-activation: how often tokens routed to the row\'s expert also go to the '
     'column\'s, '
     'relative to chance (1).',
     'From layer to layer': 'First choices; a band has the color of the expert it comes from.',

@@ -299,7 +299,7 @@ def domain_load(row: dict, layer: int, most: int = 12) -> tuple[list[str], np.nd
 def specialization(row: dict, layer: int, ax: Axes | None = None) -> Figure:
     "Expert × domain of one layer: 1 where a domain uses an expert as much as uniform routing would."
     names, load = domain_load(row, layer)
-    return load_heatmap(load, names, f'layer {layer}: who reads what', ax)
+    return load_heatmap(load, names, f'layer {layer}: load by domain', ax)
 
 # %% ../nbs/05_viz.ipynb #token-classes
 def token_class(piece: str) -> str:
@@ -591,9 +591,7 @@ def coactivation_rate(expert_ids, n_experts: int) -> np.ndarray:
     return np.divide(pairs, tokens, out=np.full_like(pairs, np.nan), where=tokens > 0)
 
 
-def coactivation(
-    expert_ids, n_experts: int, title: str = 'chosen together', ax: Axes | None = None
-) -> Figure:
+def coactivation(expert_ids, n_experts: int, title: str = 'co-activation', ax: Axes | None = None) -> Figure:
     "Co-activation: how often tokens of the row's expert also go to the column's, relative to chance (1)."
     chance = (np.asarray(expert_ids).shape[1] - 1) / (n_experts - 1)
     if not chance:

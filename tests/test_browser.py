@@ -351,7 +351,7 @@ def test_a_report_opens_from_disk(browser, tmp_path):
     page.evaluate('() => scrollTo(0, 0)')
     top, end = (
         page.get_by_role('heading', name=name).bounding_box()['y']
-        for name in ('Text by expert', 'Chosen together')
+        for name in ('Text by expert', 'Co-activation')
     )
     page.screenshot(
         path=SHOTS / 'report-text.png',

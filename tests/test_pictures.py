@@ -141,7 +141,7 @@ def test_where_experts_choose_only_the_text_is_shown(tmp_path):
             dict(max_iters=9, dataset='gone', n_experts=4, router='expert_choice'),
         )
     )
-    assert 'Text by expert' in page and 'Favourite' not in page and 'settled' not in page
+    assert 'Text by expert' in page and 'Favorite' not in page and 'settled' not in page
 
 
 DAMAGE = {
