@@ -8,7 +8,7 @@ __all__ = ['BPE_TRAIN_CHARS', 'NOTED_EVERY', 'Part', 'split_documents', 'Tokeniz
            'split_entry', 'compressed', 'bar', 'take_chars', 'write_splits', 'build_dataset', 'write_dataset',
            'link_split', 'link_token_files', 'fineweb_shards', 'Prepare', 'mixture_weights', 'on_hub', 'domain_name',
            'destination', 'check_prepare', 'check_apart', 'check_once', 'token_folder', 'token_files', 'endings_of',
-           'open_source', 'compare_with_nanogpt', 'prepare', 'main', 'run_command', 'write_numbers']
+           'open_source', 'compare_with_nanogpt', 'prepare', 'write_numbers', 'run_command', 'main']
 
 # %% ../nbs/37_data.ipynb #imports
 import fcntl, gzip, hashlib, importlib.util, json, lzma, math, os, platform, re, shutil, sys, time
@@ -846,22 +846,26 @@ def prepare(
         compare_with_nanogpt(result, kind)
     return result
 
+# %% ../nbs/37_data.ipynb #write-numbers
+def write_numbers():
+    """Prepare `data/numbers`.
+
+    Of many processes that do so at once, the first to finish gives its own the name.
+    """
+    final = resolve('data/numbers')
+    draft = final.with_name(f'.numbers-{platform.node()}-{os.getpid()}')
+    prepare('numbers', draft)
+    try:
+        os.replace(draft, final)
+    except OSError as e:
+        shutil.rmtree(draft)
+        if not (final / 'manifest.json').exists():
+            raise BadInput(f'{final} cannot be written: {e.strerror}') from None
+
+
+__getattr__ = moved('corpora', 'dataset', 'tokenizer', 'files')  # for names imported from here before
+
 # %% ../nbs/37_data.ipynb #main
-def main(argv: list[str] | None = None):
-    "`python -m nanomoe.data SOURCE… [--out DIR]`, or `python -m nanomoe.data check FOLDER…`"
-    argv = words_first(sys.argv[1:] if argv is None else argv)
-    split = next((i for i, word in enumerate(argv) if word.startswith('-')), len(argv))
-    with one_sentence():
-        o = from_command_line(Prepare, Prepare(), argv[split:], 'data')
-        try:
-            run_command(argv[:split], o)
-        except KeyboardInterrupt:
-            print('\nstopped; the same command resumes from its last note, if it came so far')
-            sys.exit(130)
-        except (OSError, RuntimeError, MemoryError) as e:
-            raise BadInput(f'{" ".join(argv[:split])} cannot be prepared: {e}') from None
-
-
 def run_command(words: list[str], o: Prepare):
     "Check the named folders, or prepare the named sources, and print the result."
     if words[:1] == ['check'] and len(words) > 1:
@@ -892,24 +896,20 @@ def run_command(words: list[str], o: Prepare):
     print(f'written to {folder}; train on it: python -m nanomoe.train PRESET --dataset {folder}')
 
 
+def main(argv: list[str] | None = None):
+    "`python -m nanomoe.data SOURCE… [--out DIR]`, or `python -m nanomoe.data check FOLDER…`"
+    argv = words_first(sys.argv[1:] if argv is None else argv)
+    split = next((i for i, word in enumerate(argv) if word.startswith('-')), len(argv))
+    with one_sentence():
+        o = from_command_line(Prepare, Prepare(), argv[split:], 'data')
+        try:
+            run_command(argv[:split], o)
+        except KeyboardInterrupt:
+            print('\nstopped; the same command resumes from its last note, if it came so far')
+            sys.exit(130)
+        except (OSError, RuntimeError, MemoryError) as e:
+            raise BadInput(f'{" ".join(argv[:split])} cannot be prepared: {e}') from None
+
+
 if __name__ == '__main__' and '__file__' in globals():
     main()
-
-# %% ../nbs/37_data.ipynb #write-numbers
-def write_numbers():
-    """Prepare `data/numbers`.
-
-    Of many processes that do so at once, the first to finish gives its own the name.
-    """
-    final = resolve('data/numbers')
-    draft = final.with_name(f'.numbers-{platform.node()}-{os.getpid()}')
-    prepare('numbers', draft)
-    try:
-        os.replace(draft, final)
-    except OSError as e:
-        shutil.rmtree(draft)
-        if not (final / 'manifest.json').exists():
-            raise BadInput(f'{final} cannot be written: {e.strerror}') from None
-
-
-__getattr__ = moved('corpora', 'dataset', 'tokenizer', 'files')  # for names imported from here before

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['nanomoe_config', 'from_nanomoe', 'load_run', 'run_folder', 'load_ckpt', 'read_ckpt', 'kind_of', 'load_model',
-           'tokenizer_of', 'own_tokenizer', 'export_hf', 'sweep_exports', 'runs', 'Export', 'main', 'initial_weights',
-           'check_tokenizer', 'crop_block_size']
+           'tokenizer_of', 'own_tokenizer', 'export_hf', 'sweep_exports', 'runs', 'initial_weights', 'check_tokenizer',
+           'crop_block_size', 'Export', 'main']
 
 # %% ../nbs/42_pretrained.ipynb #imports
 import json, os, shutil, sys
@@ -228,33 +228,6 @@ def runs(pid: int) -> bool:
         return not isinstance(e, ProcessLookupError)
     return True
 
-# %% ../nbs/42_pretrained.ipynb #main
-@dataclass(frozen=True)
-class Export:
-    "Export a model as a Hugging Face transformers folder"
-
-    to: Literal['hf'] = 'hf'  # target format: Hugging Face transformers
-
-
-def main(argv: list[str] | None = None):
-    "`python -m nanomoe.pretrained export [--to hf] RUN DIR`"
-    argv = sys.argv[1:] if argv is None else argv
-    with one_sentence():
-        options, words = [], []
-        for before, word in zip(['', *argv], argv):
-            is_value = before.startswith('--') and '=' not in before
-            (options if word.startswith('-') or is_value else words).append(word)
-        from_command_line(Export, Export(), options, 'pretrained')
-        subcommand(words, ('export',), 'pretrained')
-        if len(words) != 3:
-            raise BadInput('usage: export RUN DIR, such as export out/modern modern-hf')
-        gap = export_hf(words[1], words[2])
-        print(f'exported    {words[1]} to {words[2]}; the logits of transformers differ by at most {gap:.1e}')
-
-
-if __name__ == '__main__' and '__file__' in globals():
-    main()
-
 # %% ../nbs/42_pretrained.ipynb #initial-weights
 def initial_weights(init_from: str, cfg: ModelConfig, dataset: Path | None = None) -> GPT:
     """A new model of this shape, with the weights of `init_from`: scratch, or whatever `load_model` takes.
@@ -290,3 +263,30 @@ def crop_block_size(tensors: dict[str, Tensor], block_size: int) -> dict[str, Te
 
 
 __getattr__ = moved('huggingface', 'upcycle', 'checkpoint')  # for names imported from here before
+
+# %% ../nbs/42_pretrained.ipynb #main
+@dataclass(frozen=True)
+class Export:
+    "Export a model as a Hugging Face transformers folder"
+
+    to: Literal['hf'] = 'hf'  # target format: Hugging Face transformers
+
+
+def main(argv: list[str] | None = None):
+    "`python -m nanomoe.pretrained export [--to hf] RUN DIR`"
+    argv = sys.argv[1:] if argv is None else argv
+    with one_sentence():
+        options, words = [], []
+        for before, word in zip(['', *argv], argv):
+            is_value = before.startswith('--') and '=' not in before
+            (options if word.startswith('-') or is_value else words).append(word)
+        from_command_line(Export, Export(), options, 'pretrained')
+        subcommand(words, ('export',), 'pretrained')
+        if len(words) != 3:
+            raise BadInput('usage: export RUN DIR, such as export out/modern modern-hf')
+        gap = export_hf(words[1], words[2])
+        print(f'exported    {words[1]} to {words[2]}; the logits of transformers differ by at most {gap:.1e}')
+
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()

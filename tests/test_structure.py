@@ -278,6 +278,14 @@ def test_readme_is_made_from_the_index(tmp_path):
         assert made.read_bytes() == (ROOT / made.relative_to(tmp_path)).read_bytes(), made.name
 
 
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_main_is_the_last_that_a_notebook_exports(path):
+    exported = [source(cell) for cell in cells(path) if re.search(r'^#\s*\|\s*export', source(cell), re.M)]
+    mains = [i for i, text in enumerate(exported) if re.search(r'^def main\(', text, re.M)]
+    if mains:
+        assert mains == [len(exported) - 1] and re.findall(r'^def (\w+)', exported[-1], re.M)[-1] == 'main'
+
+
 # Lines of exported cells with no cell between that runs them, where one definition has more than 60
 STRETCHES = {
     '33_command_line': 65,  # the help of each program
