@@ -267,7 +267,7 @@ def to_dict(model: ModelConfig, train: TrainConfig) -> dict:
 
 
 def from_dict(flat: dict) -> tuple[ModelConfig, TrainConfig]:
-    "The inverse of `to_dict`; raises `BadInput` for a option that does not exist."
+    "The inverse of `to_dict`; raises `BadInput` for an option that does not exist."
     if not isinstance(flat, dict):
         raise BadInput(f'settings must be names and their values, got {flat!r:.200}')
     for name in flat:
@@ -437,7 +437,7 @@ def conflicts(m: ModelConfig) -> list[str]:
         value, default = getattr(m, option), getattr(ModelConfig, option)
         need(
             value == default or not dropless and m.router != 'expert_choice',
-            f'{option} must be {default} where no queue is filled in order, got {value}',
+            f'{option} must be {default} where no capacity limits the experts, got {value}',
         )
     return out
 

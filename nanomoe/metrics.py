@@ -67,9 +67,8 @@ def layer_stats(r: Routing) -> tuple[Tensor, ...]:
 class Health(NamedTuple):
     "How each MoE layer is doing, one entry per layer"
 
-    max_load: list[
-        float
-    ]  # largest normalized load of an expert (1 = uniform); 2408.15664's MaxVio is this minus 1
+    # largest normalized load of an expert (1 = uniform); 2408.15664's MaxVio is this minus 1
+    max_load: list[float]
     min_load: list[float]  # smallest normalized load
     dead: list[int]  # experts that nobody chose
     drop_rate: list[float]  # share of assignments dropped, 0-1; where experts choose, of tokens none took

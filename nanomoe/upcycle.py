@@ -15,7 +15,9 @@ from .model import GPT, moe_layers
 
 # %% ../nbs/41_upcycle.ipynb #check-alike
 def check_alike(have: ModelConfig, cfg: ModelConfig, source: str):
-    "Raise `BadInput` for a option that changes what the weights of `source` compute and that no shape shows."
+    """Raise `BadInput` for an option that changes what the weights of `source` compute and that no shape
+    shows.
+    """
     for option in ('n_head', 'activation', 'positions', 'norm'):
         if getattr(have, option) != getattr(cfg, option):
             raise BadInput(

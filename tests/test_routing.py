@@ -475,7 +475,10 @@ REFUSED = {
         dict(router='sigmoid', balance='nano_moe'),
         'with router=sigmoid, got nano_moe',
     ),
-    'priority without a queue': (dict(priority='gate'), 'priority must be choice where no queue is filled'),
+    'priority without a queue': (
+        dict(priority='gate'),
+        'priority must be choice where no capacity limits the experts',
+    ),
     'queues per sequence without a queue': (
         dict(capacity_over='sequence'),
         'capacity_over must be micro_batch where',
