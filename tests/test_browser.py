@@ -23,7 +23,7 @@ from exercises import exercises
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / 'out' / 'screenshots'
 NOTEBOOKS = sorted(path.stem for path in (ROOT / 'nbs').glob('*.ipynb'))
-CHOSEN = {'01_router', '41_upcycle', '02_capacity', '03_experts', '04_losses', '45_report'}
+CHOSEN = {'01_router', '41_upcycle', '04_capacity', '02_experts', '03_losses', '45_report'}
 CHROMIUM = shutil.which('chromium')
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 

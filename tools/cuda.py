@@ -832,7 +832,7 @@ def muon(given) -> dict:
 
 
 def memory(given) -> dict:
-    "Lesson 23's memory estimate against the measured peak."
+    "Lesson 26's memory estimate against the measured peak."
     import torch
     from nanomoe.bench import resident
     from nanomoe.config import TrainConfig
@@ -884,7 +884,7 @@ def memory(given) -> dict:
 
 
 def ladder(given) -> dict:
-    "`nano_moe` at 10× the learning rate, with none and all of lesson 20's stabilisers."
+    "`nano_moe` at 10× the learning rate, with none and all of lesson 23's stabilisers."
     from nanomoe.presets import PRESETS
     from nanomoe.train import train
 
