@@ -144,7 +144,9 @@ def test_edges_of_the_distribution():
     rows = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) * 2
     greedy = sample.next_token_probs(rows, temperature=0)
     torch.testing.assert_close(sample.next_token_probs(rows, 1e-2), greedy, atol=1e-2, rtol=0)
-    assert (sample.next_token_probs(torch.zeros(1, 4), top_k=2) == 0.25).all()  # a tie at the edge stays whole
+    assert (
+        sample.next_token_probs(torch.zeros(1, 4), top_k=2) == 0.25
+    ).all()  # a tie at the edge stays whole
 
 
 def test_generation_leaves_the_mode_of_the_model():
