@@ -323,6 +323,27 @@ def test_code_is_formatted():
         assert done.returncode == 0, done.stdout
 
 
+def test_readme_is_one_page():
+    text = (ROOT / 'README.md').read_text()
+    assert len(re.sub(r'\]\([^)]*\)', ']', text).split()) <= 1200
+
+
+def test_the_first_lesson_has_as_many_lines_as_it_claims():
+    path = ROOT / 'nbs' / '00_first_mixture.ipynb'
+    code = [source(c) for c in cells(path) if c['id'] in ('dense-blocks', 'gpt', 'loop', 'mixture')]
+    lines = [line for text in code for line in text.splitlines() if line.strip()]
+    claims = re.findall(r'(\d+) lines of plain PyTorch', '\n'.join(map(source, cells(path, 'markdown'))))
+    assert claims == [str(len(lines))] and len(lines) <= 80
+    own = {name for c in cells(path) for name in re.findall(r'from nanomoe\.(\w+)', source(c))}
+    assert own == {'corpora', 'viz'}  # text and pictures
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_between_notebooks_lead_somewhere(path):
+    text = '\n'.join(map(source, cells(path, 'markdown')))
+    assert all((path.parent / t).exists() for t in re.findall(r'\]\(([^)#:\s]+)\)', text))
+
+
 def test_readme_links_lead_somewhere():
     text = (ROOT / 'README.md').read_text()
     targets = re.findall(r'\]\(([^)#\s]+)\)', text)

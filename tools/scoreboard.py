@@ -33,11 +33,11 @@ ROWS = [
     (4, 'expert capacity 1.0', '--capacity_factor 1.0'),
     (6, 'learned positions, not rotary', '--positions learned'),
     (7, 'RMS norm, SwiGLU experts', '--norm rmsnorm --activation swiglu --expert_width 171'),
-    (8, 'Muon', '--optimizer muon'),
+    (8, 'Muon', '--optimizer muon --learning_rate 1e-2'),
     (9, 'no decay of the learning rate', '--decay_lr=False'),
     (10, '64 experts', '--n_experts 64'),
     (11, 'two processes', ''),
-    (11, 'what paid, together', '--optimizer muon --n_experts 64'),
+    (11, 'what paid, together', '--optimizer muon --learning_rate 1e-2 --n_experts 64'),
 ]
 
 
