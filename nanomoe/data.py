@@ -865,6 +865,9 @@ def prepare_missing(name: str):
         if not (final / 'manifest.json').exists():
             raise BadInput(f'{final} cannot be written: {e.strerror}') from None
 
+
+__getattr__ = moved('corpora', 'dataset', 'tokenizer', 'files')  # for names imported from here before
+
 # %% ../nbs/37_data.ipynb #main
 def run_command(words: list[str], o: Prepare):
     "Check the named folders, or prepare the named sources, and print the result."

@@ -24,7 +24,10 @@ from exercises import with_checks  # noqa: E402
 
 
 def copy_of_the_project(folder: Path) -> Path:
-    "This project in another folder, by links, with no more data than `make lab` prepares; its folder of notebooks."
+    """This project in another folder, by links, with no more data than `make lab` prepares.
+
+    Its folder of notebooks.
+    """
     for path in ROOT.iterdir():
         if path.name not in ('.git', 'nbs', 'data', 'out'):
             (folder / path.name).symlink_to(path)
