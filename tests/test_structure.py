@@ -244,7 +244,7 @@ def test_notebooks_are_committed_executed_and_clean(path):
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
 def test_lessons_have_their_form(path):
-    code = [source(c) for c in cells(path) if not c['id'].endswith('imports') and c['id'] != 'default-exp']
+    code = [source(c) for c in cells(path) if not c['id'].endswith('imports') and c['id'] not in ('install', 'default-exp')]
     prose = [source(c) for c in cells(path, 'markdown')]
     asserting = sum(bool(re.search(r'\bassert|assert_close|raises', c)) for c in code)
     pictures = sum('image/png' in o.get('data', {}) for c in cells(path) for o in c['outputs'])
@@ -262,6 +262,16 @@ def test_lessons_have_their_form(path):
         path.name >= '30'
         or sum(len(re.findall(r'\bexplore\(', c)) - len(re.findall(r'def explore\(', c)) for c in code) >= 1
     )
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_says_what_to_install_where_the_package_is_absent(path):
+    code = cells(path)
+    if not code or path.stem == 'main':
+        return
+    absent = source(code[0]).replace("find_spec('nanomoe')", "find_spec('nanomoe_is_absent')")
+    done = subprocess.run([sys.executable, '-c', absent], capture_output=True, text=True)
+    assert '%pip install' in done.stdout and not code[0]['outputs']
 
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
