@@ -195,6 +195,7 @@ def ratio_map(ratio, rows: Sequence[str] | None = None, title: str = '', ax: Axe
     ax.set_facecolor('#dddddd')
     if E > 16:
         bar = ax.figure.colorbar(cells, ax=ax, ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.01)
+        bar.set_label('ratio (log scale)')
         bar.ax.set_yticklabels(['≤ ¼', '½', '1', '2', '≥ 4'])
     for (i, e), r in np.ndenumerate(ratio):
         if E <= 16 and not np.isnan(r):
