@@ -1,5 +1,3 @@
-# ruff: noqa: F811, F821
-
 # %% exercise-diagnose: looks only at the beginning of each run
 verdicts = ['healthy', 'dead', 'restless', 'overloaded']
 

@@ -1,5 +1,3 @@
-# ruff: noqa: F811, F821
-
 # %% exercise-bytes: forgets that there are values besides keys
 kib = 32 * 8 * 128 * 2 / 1024
 

@@ -1,5 +1,3 @@
-# ruff: noqa: F811, F821
-
 # %% exercise-grow: doubles the whole model
 growth = (55.11, 33.88)
 
