@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanomoe import sample
+from nanomoe.attention import KVCache
 from nanomoe.tokenizer import load_tokenizer, make_tokenizer
 from nanomoe.config import BadInput, ModelConfig
 from nanomoe.presets import PRESETS
@@ -127,6 +128,14 @@ def test_a_long_prompt_counts_with_its_last_block(monkeypatch):
     ids, logits, read = written(monkeypatch, model, idx, 4)
     last, expected, _ = written(monkeypatch, model, idx[:, -T:], 4)
     assert torch.equal(ids, last) and torch.equal(logits, expected) and read == [T] * 4
+
+
+def test_a_full_cache_is_reported():
+    cache, k = KVCache(size=6), torch.randn(1, 2, 5, 4)
+    cache.extend(k, k)
+    with pytest.raises(ValueError, match='cache holds 6 positions, got 7'):
+        cache.extend(k[:, :, :2], k[:, :, :2])
+    assert cache.length == 5
 
 
 def test_limits_of_the_options(monkeypatch):
