@@ -244,7 +244,11 @@ def test_notebooks_are_committed_executed_and_clean(path):
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
 def test_lessons_have_their_form(path):
-    code = [source(c) for c in cells(path) if not c['id'].endswith('imports') and c['id'] not in ('install', 'default-exp')]
+    code = [
+        source(c)
+        for c in cells(path)
+        if not c['id'].endswith('imports') and c['id'] not in ('install', 'default-exp')
+    ]
     prose = [source(c) for c in cells(path, 'markdown')]
     asserting = sum(bool(re.search(r'\bassert|assert_close|raises', c)) for c in code)
     pictures = sum('image/png' in o.get('data', {}) for c in cells(path) for o in c['outputs'])
