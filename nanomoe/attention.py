@@ -36,16 +36,14 @@ class FixedKVCache(KVCache):
     """Keys and values in shapes that never change: `extend` returns all `size` positions, and `length` is a
     tensor.
 
-    Whoever writes into it must see to it that there is room: a check would have to wait for the device.
+    The caller must ensure that there is room: a check would have to wait for the device.
     """
 
     def __init__(self, size: int, device: torch.device):
         self.size, self.k, self.length = size, None, torch.zeros((), dtype=torch.long, device=device)
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) behind what is there and return the room, (B, H, size, D), zeros where it
-        is empty.
-        """
+        "Append k, v (B, H, T, D) and return the whole buffers, (B, H, size, D); what is empty is 0."
         if self.k is None:
             self.k, self.v = (t.new_zeros(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
             for t in (self.k, self.v, self.length):
@@ -58,10 +56,11 @@ class FixedKVCache(KVCache):
 
 # %% ../nbs/06_attention.ipynb #rotate
 def apply_rope(x: Tensor, start: int | Tensor = 0) -> Tensor:
-    """Turn each pair of features of x (B, H, T, D) by an angle that grows with position: start, start + 1, …
+    """Rotate each pair of features of x (B, H, T, D) by an angle that grows with position: start, start + 1,
+    …
 
     Rotary embedding (2104.09864 eq. 34), base 10,000, features i and i + D/2 as a pair. The product of two
-    turned vectors depends on how far apart they stand, not on where.
+    rotated vectors depends on the distance of their positions, not on the positions themselves.
     """
     T, D = x.shape[-2:]
     rate = 10_000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D/2,) radians per position

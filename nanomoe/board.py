@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanomoe.viz import (
+    color_position,
     curve_points,
     expert_color,
     history_rows,
@@ -117,7 +118,7 @@ def svg_load(load) -> str:
     width, height = 220 / E, min(24, 150 / L)
     parts = [svg_words(left, 16, 'load now: row = layer, 1 = uniform', 'start')]
     for (i, e), r in np.ndenumerate(ratio):
-        x, y, color = left + e * width, top + i * height, _red_blue[round(32 * min(r, 2))]
+        x, y, color = left + e * width, top + i * height, _red_blue[round(64 * color_position(r))]
         parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}"/>'
         )

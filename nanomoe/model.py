@@ -26,7 +26,7 @@ from .router import Routing
 class Block(nn.Module):
     """Attention, then an MLP or a mixture of experts: x (B, T, C) -> (x, routing).
 
-    Each comes after a norm and is added to the stream. The token `ids` (B, T) are for hash routing.
+    Each comes after a norm and is added to the residual stream. The token `ids` (B, T) are for hash routing.
     """
 
     def __init__(self, cfg: ModelConfig, sparse: bool):
@@ -68,10 +68,12 @@ def matrix_init(p: Tensor, cfg: ModelConfig, fan_in: int, switch: bool):
 
 
 def initialize(model: nn.Module, cfg: ModelConfig):
-    """GPT-2's init: N(0, 0.02), and N(0, 0.02/√(2·n_layer)) for what writes to the stream; biases 0.
+    """GPT-2's init: N(0, 0.02), and N(0, 0.02/√(2·n_layer)) for what writes to the residual
+    stream; biases 0.
 
     `init='switch'` draws every matrix but positions from a truncated normal of std 1/√fan_in first
-    (2101.03961 §2.4). As in nanoMoE that reaches the tied embedding too, and not what writes to the stream.
+    (2101.03961 §2.4). As in nanoMoE that reaches the tied embedding too, and not what
+    writes to the residual stream.
     """
     for name, p in model.named_parameters():
         if name.endswith('bias'):
@@ -83,7 +85,7 @@ def initialize(model: nn.Module, cfg: ModelConfig):
 
 # %% ../nbs/07_model.ipynb #backbone
 class Backbone(nn.Module):
-    "The model up to its head: embeddings, blocks and the last norm"
+    "The model up to its head: embeddings, blocks and the final norm"
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -143,10 +145,10 @@ class GPT(Backbone):
         cache: list[KVCache] | None = None,
         counts: Tensor | None = None,
     ) -> GPTOutput:
-        """Token ids (B, T), and those that follow, -1 for none; with a cache, idx continues what it holds.
+        """Token ids (B, T), and their targets, -1 for none; with a cache, idx continues what it holds.
 
-        No loss counts tokens whose target is -1 (padding), but the original's balance and z loss. `counts`
-        (L, E): the assignments of a whole step, for `balance_over='global'`.
+        Tokens whose target is -1 (padding) count in no loss, except that `balance='nano_moe'` includes them,
+        as the original does. `counts` (L, E): the assignments of a whole step, for `balance_over='global'`.
         """
         x, routings = self.hidden(idx, cache)  # (B, T, C)
         logits = F.linear(x, self.wte.weight) if keep_logits or targets is None else None  # (B, T, V)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['paper', 'load_ratio', 'expert_color', 'luminance', 'text_color', 'tint', 'to_png', 'in_palette', 'Still',
            'new_figure', 'axes_in', 'frame', 'escape_mathtext', 'escape_controls', 'tick_step', 'choice_counts',
-           'load_bars', 'ratio_map', 'load_heatmap', 'finite', 'routed_rows', 'load_history', 'history_rows',
-           'downsample', 'curve_points', 'loss_curve', 'domain_load', 'specialization', 'token_class', 'class_load',
-           'label_style', 'render_html', 'top_tokens', 'top_tokens_table', 'visible', 'colored_text', 'legend',
-           'decisions', 'confidence', 'layer_colors', 'explore', 'draw_stack', 'draw_experts', 'draw_model',
-           'settled_share', 'saturation', 'coactivation_rate', 'coactivation', 'flow']
+           'load_bars', 'color_position', 'ratio_map', 'load_heatmap', 'finite', 'routed_rows', 'load_history',
+           'history_rows', 'downsample', 'curve_points', 'loss_curve', 'domain_load', 'specialization', 'token_class',
+           'class_load', 'label_style', 'render_html', 'top_tokens', 'top_tokens_table', 'visible', 'colored_text',
+           'legend', 'settled_share', 'saturation', 'layer_colors', 'coactivation_rate', 'coactivation', 'explore',
+           'draw_stack', 'draw_experts', 'draw_model', 'flow', 'scoreboard', 'decisions', 'confidence']
 
 # %% ../nbs/05_viz.ipynb #imports
-import base64, functools, io, re, unicodedata
+import base64, functools, io, json, re, unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,6 +21,7 @@ import numpy as np
 
 from .command_line import one_sentence
 from .config import ModelConfig, moved
+from .files import home
 
 with one_sentence() if __name__ == '__main__' and '__file__' in globals() else nullcontext():
     import jinja2
@@ -180,19 +181,27 @@ def load_bars(
     return ax.figure
 
 # %% ../nbs/05_viz.ipynb #heatmap
+def color_position(ratio) -> np.ndarray:
+    "Place of a ratio on the heatmaps' logarithmic color scale: 0 up to a quarter, 0.5 at 1, 1 from 4 on."
+    return np.clip(0.5 + np.log2(np.maximum(ratio, 1e-9)) / 4, 0, 1)
+
+
 def ratio_map(ratio, rows: Sequence[str] | None = None, title: str = '', ax: Axes | None = None) -> Figure:
     "Normalized load (R, E): blue below 1, red above, gray where there is no number."
     ratio = np.asarray(ratio, float)
     R, E = ratio.shape
     ax = axes_in(ax, 0.5 * E + 2, min(0.35 * R + 1.2, 7))
-    cells = ax.imshow(np.ma.masked_invalid(ratio), cmap='RdBu_r', vmin=0, vmax=2, aspect='auto')
+    position = np.ma.masked_invalid(color_position(ratio))
+    cells = ax.imshow(position, cmap='RdBu_r', vmin=0, vmax=1, aspect='auto')
     ax.set_facecolor('#dddddd')
     if E > 16:
-        ax.figure.colorbar(cells, ax=ax, extend='max', ticks=[0, 1, 2], pad=0.01)
+        bar = ax.figure.colorbar(cells, ax=ax, ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.01)
+        bar.set_label('ratio (log scale)')
+        bar.ax.set_yticklabels(['≤ ¼', '½', '1', '2', '≥ 4'])
     for (i, e), r in np.ndenumerate(ratio):
-        color = 'white' if abs(r - 1) > 0.6 else 'black'
         if E <= 16 and not np.isnan(r):
-            ax.text(e, i, f'{r:.1f}', ha='center', va='center', fontsize=7, color=color)
+            color = text_color(matplotlib.colors.to_hex(cells.cmap(float(position[i, e]))))
+            ax.text(e, i, f'{r:.1f}' if r else '0', ha='center', va='center', fontsize=7, color=color)
     names = [escape_mathtext(str(name)) for name in rows or range(R)]
     frame(
         ax,
@@ -230,15 +239,26 @@ def routed_rows(rows: Sequence[dict]) -> list[dict]:
 
 # %% ../nbs/05_viz.ipynb #history
 def load_history(rows: Sequence[dict], layer: int = 0, ax: Axes | None = None) -> Figure:
-    "One layer's load over time: each expert's share of the assignments, stacked, over a run's log lines."
+    "One layer's load over time: each expert's share of the assignments, stacked, its number at the right."
     ax, rows = axes_in(ax, 6, 2.6), history_rows(rows, 400)
     load = np.array([row['load'][layer] for row in rows], float)  # (rows, E)
     E = load.shape[1]
     share = load / np.maximum(load.sum(1, keepdims=True), 1)
-    ax.stackplot([row['step'] for row in rows], share.T, colors=[expert_color(e) for e in range(E)], lw=0)
+    ax.stackplot(
+        [row['step'] for row in rows],
+        share.T,
+        colors=[expert_color(e) for e in range(E)],
+        lw=0,
+        antialiased=False,
+    )
     for border in np.arange(1, E) / E if E <= 16 else []:  # of equal shares
         ax.axhline(border, color='w', lw=0.5, ls=':')
     frame(ax, f'MoE layer {layer}', xlabel='step', ylabel='share of assignments', ylim=(0, 1), xmargin=0)
+    middle = share[-1].cumsum() - share[-1] / 2  # (E,)
+    points = ax.bbox.height * 72 / ax.figure.dpi  # height of the axes
+    for e in np.flatnonzero(share[-1] * points > 8) if E <= 16 else []:
+        at_end = dict(ha='right', va='center', fontsize=7, color=text_color(expert_color(e)))
+        ax.annotate(e, (rows[-1]['step'], middle[e]), (-3, 0), textcoords='offset points', **at_end)
     return ax.figure
 
 
@@ -251,7 +271,7 @@ def downsample(rows: Sequence, most: int) -> list:
     "At most `most` of the rows, evenly spaced, including the first and the last."
     return [rows[round(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), most))]
 
-# %% ../nbs/05_viz.ipynb #loss-curve
+
 def curve_points(rows: Sequence[dict]) -> tuple[str, np.ndarray, np.ndarray]:
     """The data of a loss plot: its unit, and (step, loss) of training batches and of validation
     text, each (n, 2).
@@ -280,8 +300,8 @@ def loss_curve(rows: Sequence[dict], marks: dict[str, float] | None = None, ax: 
 
 # %% ../nbs/05_viz.ipynb #specialisation
 def domain_load(row: dict, layer: int, most: int = 12) -> tuple[list[str], np.ndarray]:
-    """Of a log line with an evaluation: the domains' names, and their choices in a layer by expert, (D, E);
-    small ones in one.
+    """Names of the domains in a log line with an evaluation, and their assignments by expert in one layer,
+    (D, E); of more than `most`, the smallest are merged.
     """
     load = {
         key.removeprefix('val_load_'): np.array(row[key][layer]) for key in row if key.startswith('val_load_')
@@ -299,13 +319,11 @@ def domain_load(row: dict, layer: int, most: int = 12) -> tuple[list[str], np.nd
 def specialization(row: dict, layer: int, ax: Axes | None = None) -> Figure:
     "Expert × domain of one layer: 1 where a domain uses an expert as much as uniform routing would."
     names, load = domain_load(row, layer)
-    return load_heatmap(load, names, f'layer {layer}: load by domain', ax)
+    return load_heatmap(load, names, f'layer {layer}: load by domain (1 = uniform)', ax)
 
 # %% ../nbs/05_viz.ipynb #token-classes
 def token_class(piece: str) -> str:
-    """What a token is by its look: end, blank, digits, word (after a blank), letters (without one), signs, or
-    mixed.
-    """
+    "Kind of a token: end, blank, digits, word (after a blank), letters (without one), signs or mixed."
     bare = piece.strip()
     if re.fullmatch(r'<\|\w+\|>', piece):
         return 'end'
@@ -319,7 +337,7 @@ def token_class(piece: str) -> str:
 
 
 def class_load(pieces: Sequence[str], expert_ids, n_experts: int) -> tuple[list[str], np.ndarray]:
-    "Classes that occur among the N pieces, and their choices (N, K) by expert, (classes, E)."
+    "Classes that occur among the N pieces, and their assignments (N, K) by expert, (classes, E)."
     classes = np.array([token_class(piece) for piece in pieces])
     names = [c for c in ('end', 'blank', 'digits', 'word', 'letters', 'signs', 'mixed') if c in classes]
     ids = np.asarray(expert_ids)
@@ -349,13 +367,13 @@ def render_html(source: str, **values) -> str:
 def top_tokens(
     pieces: Sequence[str], expert_ids, n_experts: int, n: int = 6, least: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """Each expert's favorites: up to n pieces seen `least` times, with the share of their tokens (N, K) it
-    read.
+    """Each expert's favorites: up to n pieces that occur at least `least` times, with the share of their
+    tokens (N, K) that it processed.
     """
-    ids, seen, read = np.asarray(expert_ids), Counter(pieces), Counter()
+    ids, seen, processed = np.asarray(expert_ids), Counter(pieces), Counter()
     for piece, chosen in zip(pieces, ids.tolist()):
-        read.update((piece, e) for e in chosen)
-    share = {key: count / seen[key[0]] for key, count in read.items() if seen[key[0]] >= least}
+        processed.update((piece, e) for e in chosen)
+    share = {key: count / seen[key[0]] for key, count in processed.items() if seen[key[0]] >= least}
 
     def liked(e):
         return sorted((-s, -seen[p], p) for (p, f), s in share.items() if f == e)[:n]
@@ -364,7 +382,7 @@ def top_tokens(
 
 
 def top_tokens_table(favorites: list[list[tuple[str, float]]]) -> str:
-    "HTML of `top_tokens`: a line per expert, each piece with the share of its tokens that this expert read."
+    "HTML of `top_tokens`: a line per expert, each piece with the share of its tokens that it processed."
     return render_html(
         """<div style="{{ paper }}">{% for liked in favorites -%}
         <div><span style="{{ label(loop.index0) }};padding:0 6px">{{ loop.index0 }}</span>&nbsp;
@@ -383,10 +401,10 @@ def visible(piece: str) -> str:
 
 # %% ../nbs/05_viz.ipynb #coloured-text
 def colored_text(pieces: Sequence[str], expert_ids, gates=None, kept=None) -> str:
-    """HTML of a text, each token on its first expert's color, paler than the text's largest gate by as much
-    as its own is smaller, struck out if dropped.
+    """HTML of a text, each token on the color of its first expert: full for the text's largest gate, paler
+    for a smaller one, struck through if dropped.
 
-    `pieces`: N strings; `expert_ids`, `gates`, `kept`: (N, K). Hovering shows all K choices.
+    `pieces`: N strings; `expert_ids`, `gates`, `kept`: (N, K). Hovering shows all K assignments.
     """
     expert_ids = np.asarray(expert_ids).astype(int)
     gates = np.ones(expert_ids.shape) if gates is None else np.asarray(gates, float)
@@ -415,39 +433,59 @@ def legend(n_experts: int) -> str:
         n_experts=n_experts,
     )
 
-# %% ../nbs/05_viz.ipynb #decisions
-def decisions(routings: dict, title: str = '') -> Figure:
-    """Router confidence: entropy of the probabilities in nats, and margin, as outlined histograms.
+# %% ../nbs/05_viz.ipynb #saturation
+def settled_share(snapshots) -> np.ndarray:
+    "Share of the last snapshot's assignments that each snapshot has, in any order: (S, …, N, K) -> (S, …)."
+    ids = np.asarray(snapshots)
+    return (ids[-1][..., :, None] == ids[..., None, :]).any(-1).mean((-2, -1))
 
-    `routings`: a `Routing` by name, such as one per layer, all with the same number of experts.
+
+def saturation(steps: Sequence[int], snapshots, n_experts: int, ax: Axes | None = None) -> Figure:
+    """How early routing settles: `settled_share` over steps, a line per layer, from the assignments of the
+    same tokens (S, L, N, K).
     """
-    fig = new_figure(7, 2.2)
-    left, right = fig.subplots(1, 2)
-    for (name, r), color in zip(routings.items(), layer_colors(len(routings))):
-        entropy, margin = confidence(r.probs, r.expert_ids)
-        E = r.probs.shape[1]
-        left.hist(entropy, np.linspace(0, np.log(E), 31), histtype='step', lw=1.5, color=color, label=name)
-        right.hist(margin, np.linspace(0, 1, 41), histtype='step', lw=1.5, color=color)
-    left.axvline(np.log(E), color='k', lw=0.8, ls=':')
-    left.legend(frameon=False, fontsize=8)
-    frame(left, title, xlabel='entropy, nats (dotted: no opinion)', ylabel='tokens')
-    frame(right, xlabel='margin of the chosen')
-    return fig
-
-# %% ../nbs/05_viz.ipynb #sureness
-def confidence(probs, expert_ids) -> tuple[np.ndarray, np.ndarray]:
-    "Entropy of the probabilities (N, E), and the least chosen's lead on the best other, each (N,)."
-    probs, ids = np.asarray(probs, float), np.asarray(expert_ids)
-    probs = probs / probs.sum(1, keepdims=True)  # sigmoid scores do not add up to 1
-    entropy = -(probs * np.log(np.maximum(probs, 1e-30))).sum(1)
-    least = np.take_along_axis(probs, ids, 1).min(1)
-    np.put_along_axis(probs, ids, 0, axis=1)
-    return entropy, least - probs.max(1)
+    share = settled_share(snapshots)  # (S, L)
+    ax = axes_in(ax, 5, 2.4)
+    for layer, color in enumerate(layer_colors(share.shape[1])):
+        ax.plot(steps, share[:, layer], 'o-', ms=4, color=color, label=f'layer {layer}')
+    ax.axhline(np.shape(snapshots)[-1] / n_experts, color='k', lw=0.8, ls=':', label='by chance')
+    ax.legend(frameon=False, fontsize=8, ncols=2)
+    frame(ax, 'saturation', xlabel='step', ylabel='share settled', ylim=(0, 1.05))
+    return ax.figure
 
 
 def layer_colors(n_layers: int) -> np.ndarray:
     "A color per layer, from dark at the bottom of the model to light at its top, RGBA (L, 4)."
     return matplotlib.colormaps['viridis'](np.linspace(0, 0.85, n_layers))
+
+# %% ../nbs/05_viz.ipynb #together
+def coactivation_rate(expert_ids, n_experts: int) -> np.ndarray:
+    """Share of expert e's tokens that also go to expert f, (E, E); NaN for e = f and for an e without tokens.
+
+    `expert_ids`: (N, K). OLMoE (2409.02060) calls it co-activation.
+    """
+    ids = np.asarray(expert_ids)
+    chosen = np.zeros((len(ids), n_experts))
+    np.put_along_axis(chosen, ids, 1, axis=1)  # (N, E)
+    pairs = chosen.T @ chosen
+    tokens = pairs.diagonal().copy()[:, None]
+    np.fill_diagonal(pairs, np.nan)
+    return np.divide(pairs, tokens, out=np.full_like(pairs, np.nan), where=tokens > 0)
+
+
+def coactivation(
+    expert_ids, n_experts: int, title: str = 'co-activation (1 = chance)', ax: Axes | None = None
+) -> Figure:
+    "Co-activation: how often tokens of the row's expert also go to the column's, relative to chance (1)."
+    chance = (np.asarray(expert_ids).shape[1] - 1) / (n_experts - 1)
+    if not chance:
+        raise ValueError('top_k must be at least 2 for pairs of experts, got 1')
+    return ratio_map(
+        coactivation_rate(expert_ids, n_experts) / chance,
+        [f'expert {e}' for e in range(n_experts)],
+        title,
+        ax,
+    )
 
 # %% ../nbs/05_viz.ipynb #explore
 def explore(draw: Callable[..., Figure | str], **controls):
@@ -486,7 +524,7 @@ def explore(draw: Callable[..., Figure | str], **controls):
 
 # %% ../nbs/05_viz.ipynb #draw-stack
 def draw_stack(cfg: ModelConfig, sparse: list[bool], box, arrow):
-    "Left part of the architecture: tokens in, blocks, tokens out; of many blocks the first and the last."
+    "Left part of the diagram: tokens in, blocks, tokens out; of more than 8 blocks the first and the last."
     n = cfg.n_layer
     shown = list(range(n)) if n <= 8 else [0, 1, 2, 3, None, n - 3, n - 2, n - 1]
     pitch = 46 / len(shown)
@@ -505,7 +543,7 @@ def draw_stack(cfg: ModelConfig, sparse: list[bool], box, arrow):
 
 # %% ../nbs/05_viz.ipynb #draw-experts
 def draw_experts(cfg: ModelConfig, box, arrow):
-    "Right part of the architecture: one token's way to K of E experts, of which at most 8 are drawn."
+    "Right part of the diagram: one token's path to K of E experts; at most 8 of them are drawn."
     n, width = cfg.n_experts, cfg.d_expert
     numbers = list(range(n)) if n <= 8 else [0, 1, 2, 3, 4, 5, None, n - 1]
     slot = 57 / len(numbers)
@@ -526,10 +564,10 @@ def draw_experts(cfg: ModelConfig, box, arrow):
         color = expert_color(e) if on else '#f2f9fd' if e is None else '#ffffff'
         box(x + 0.9, 31, slot - 1.8, 9, '…' if e is None else f'expert\n{e}', color, 7)
     box(57, 15, 24, 5, f'router scores {n} experts,\nkeeps the best {cfg.top_k}', '#fff3cd')
-    box(84, 15, 13, 5, f'an expert:\n{cfg.n_embd} → {width} → {cfg.n_embd}', '#ffffff', 6)
+    box(83, 14.5, 14.5, 6, f'an expert:\n{cfg.n_embd} → {width}\n→ {cfg.n_embd}', '#ffffff', 7)
     box(55, 51, 28, 4, 'gates × results, added up (C)', '#eeeeee')
 
-# %% ../nbs/05_viz.ipynb #draw-model
+
 def draw_model(cfg: ModelConfig) -> Figure:
     "The architecture of a configuration: the stack of blocks, and the inside of one that has experts."
     sparse = [cfg.n_experts > 1 and i % cfg.moe_every == 0 for i in range(cfg.n_layer)]
@@ -553,62 +591,9 @@ def draw_model(cfg: ModelConfig) -> Figure:
     draw_stack(cfg, sparse, box, arrow)
     return fig
 
-# %% ../nbs/05_viz.ipynb #saturation
-def settled_share(snapshots) -> np.ndarray:
-    """Share of the last snapshot's choices that each one made already, whatever their order: (S, …, N, K) ->
-    (S, …).
-    """
-    ids = np.asarray(snapshots)
-    return (ids[-1][..., :, None] == ids[..., None, :]).any(-1).mean((-2, -1))
-
-
-def saturation(steps: Sequence[int], snapshots, n_experts: int, ax: Axes | None = None) -> Figure:
-    """How early routing settles: `settled_share` over steps, a line per layer, from the same tokens' choices
-    (S, L, N, K).
-    """
-    share = settled_share(snapshots)  # (S, L)
-    ax = axes_in(ax, 5, 2.4)
-    for layer, color in enumerate(layer_colors(share.shape[1])):
-        ax.plot(steps, share[:, layer], 'o-', ms=4, color=color, label=f'layer {layer}')
-    ax.axhline(np.shape(snapshots)[-1] / n_experts, color='k', lw=0.8, ls=':', label='by chance')
-    ax.legend(frameon=False, fontsize=8, ncols=2)
-    frame(ax, 'share of the final routing already in place', xlabel='step', ylabel='share', ylim=(0, 1.05))
-    return ax.figure
-
-# %% ../nbs/05_viz.ipynb #together
-def coactivation_rate(expert_ids, n_experts: int) -> np.ndarray:
-    """Of the tokens that chose expert e the share that chose f too, (E, E); NaN for e = f, and where nobody
-    chose e.
-
-    `expert_ids`: (N, K). OLMoE (2409.02060) calls it co-activation.
-    """
-    ids = np.asarray(expert_ids)
-    chosen = np.zeros((len(ids), n_experts))
-    np.put_along_axis(chosen, ids, 1, axis=1)  # (N, E)
-    pairs = chosen.T @ chosen
-    tokens = pairs.diagonal().copy()[:, None]
-    np.fill_diagonal(pairs, np.nan)
-    return np.divide(pairs, tokens, out=np.full_like(pairs, np.nan), where=tokens > 0)
-
-
-def coactivation(expert_ids, n_experts: int, title: str = 'co-activation', ax: Axes | None = None) -> Figure:
-    "Co-activation: how often tokens of the row's expert also go to the column's, relative to chance (1)."
-    chance = (np.asarray(expert_ids).shape[1] - 1) / (n_experts - 1)
-    if not chance:
-        raise ValueError('top_k must be at least 2 for pairs of experts, got 1')
-    return ratio_map(
-        coactivation_rate(expert_ids, n_experts) / chance,
-        [f'expert {e}' for e in range(n_experts)],
-        title,
-        ax,
-    )
-
 # %% ../nbs/05_viz.ipynb #flow
 def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
-    """Ways of tokens through consecutive layers, from first choices (L, N).
-
-    A band has the color it comes from.
-    """
+    "Paths of tokens through consecutive layers, by first expert (L, N); a band has the color of its source."
     ids = np.asarray(first_choices)
     ax = axes_in(ax, 2.2 * len(ids), 2.6)
     s = np.linspace(0, 1, 24)
@@ -642,6 +627,68 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
     frame(ax, 'from expert to expert', xticks=range(len(ids)), xlabel='MoE layer', yticks=[])
     ax.spines[:].set_visible(False)
     return ax.figure
+
+# %% ../nbs/05_viz.ipynb #scoreboard
+def scoreboard(lesson: int | None = None) -> Figure:
+    """The runs of the course, a row each: bits per byte of every seed, and what it took; rows of `lesson` in
+    color.
+
+    Reads assets/scoreboard.json, which `python tools/scoreboard.py` makes.
+    """
+    rows = json.loads((home() / 'assets' / 'scoreboard.json').read_text())['rows']
+    fig = new_figure(9, 0.8 + 0.24 * len(rows))
+    ax, table = fig.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    for y, row in enumerate(rows):
+        color = expert_color(0) if row['lesson'] == lesson else 'black' if lesson is None else '#888888'
+        ax.plot(row['bpb'], [y] * len(row['bpb']), 'o', color=color, alpha=0.6, ms=5)
+        figures = (
+            f'{row["tok_per_s"] / 1000:,.0f}k',
+            f'{row["params"] / 1000:,.0f}k',
+            f'{row["active"] / 1000:,.0f}k',
+            '–' if row['max_load'] is None else f'{row["max_load"]:.1f}',
+            '–' if row['dead'] is None else f'{row["dead"]:.0f}',
+            '–' if row['dropped'] is None else f'{row["dropped"]:.0%}',
+        )
+        for x, text in enumerate((f'{sum(row["bpb"]) / len(row["bpb"]):.3f}', *figures)):
+            table.text(x + 0.9, y, text, ha='right', va='center', color=color, fontsize=8)
+    heads = 'bits/byte', 'tokens/s', 'params', 'active', 'max load', 'dead', 'dropped'
+    for x, head in enumerate(heads):
+        table.text(x + 0.9, -1.1, head, ha='right', va='center', fontsize=8, weight='bold')
+    ax.set_yticks(range(len(rows)), [f'{row["lesson"]:02} {row["name"]}' for row in rows], fontsize=8)
+    ax.set(ylim=(len(rows) - 0.5, -1.6), xlabel='bits per byte, validation (each dot a seed)')
+    ax.grid(axis='y', alpha=0.2)
+    table.set(xlim=(0, len(heads)))
+    table.axis('off')
+    return fig
+
+# %% ../nbs/05_viz.ipynb #decisions
+def decisions(routings: dict, title: str = '') -> Figure:
+    """Router confidence: entropy of the probabilities in nats, and margin, as outlined histograms.
+
+    `routings`: a `Routing` by name, such as one per layer, all with the same number of experts.
+    """
+    fig = new_figure(7, 2.2)
+    left, right = fig.subplots(1, 2)
+    for (name, r), color in zip(routings.items(), layer_colors(len(routings))):
+        entropy, margin = confidence(r.probs, r.expert_ids)
+        E = r.probs.shape[1]
+        left.hist(entropy, np.linspace(0, np.log(E), 31), histtype='step', lw=1.5, color=color, label=name)
+        right.hist(margin, np.linspace(0, 1, 41), histtype='step', lw=1.5, color=color)
+    left.axvline(np.log(E), color='k', lw=0.8, ls=':')
+    left.legend(frameon=False, fontsize=8)
+    frame(left, title, xlabel='entropy in nats (dotted: ln E)', ylabel='tokens')
+    frame(right, xlabel='margin (difference of probabilities)', ylabel='tokens')
+    return fig
+
+
+def confidence(probs, expert_ids) -> tuple[np.ndarray, np.ndarray]:
+    "Entropy of the probabilities (N, E), and margin of the least likely chosen expert, each (N,)."
+    probs, ids = np.asarray(probs, float), np.asarray(expert_ids)
+    probs = probs / probs.sum(1, keepdims=True)  # sigmoid scores do not add up to 1
+    entropy = -(probs * np.log(np.maximum(probs, 1e-30))).sum(1)
+    least = np.take_along_axis(probs, ids, 1).min(1)
+    np.put_along_axis(probs, ids, 0, axis=1)
+    return entropy, least - probs.max(1)
 
 # %% ../nbs/05_viz.ipynb #door
 __getattr__ = moved('report', 'board')  # for names imported from here before

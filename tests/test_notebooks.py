@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize('name', ['01_router', '05_viz'])
 def test_running_again_gives_the_same_bytes(name, tmp_path):
-    "Two runs, each in a kernel of its own, on this machine: text, pictures, explorers and a live board."
+    "Two runs, each in a kernel of its own, on this machine: text, pictures and explorers."
 
     def run(folder: str) -> bytes:
         place = tmp_path / folder

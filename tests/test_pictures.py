@@ -408,6 +408,81 @@ def test_colors_keep_their_meaning_in_a_palette():
         )
 
 
+# what an eye without one kind of receptor makes of linear light: Machado, Oliveira and Fernandes (2009)
+EYES = {
+    'all receptors': np.eye(3),
+    'no red': np.array([[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.052]]),
+    'no green': np.array([[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]]),
+}
+
+
+def linear(rgb):
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def seen(palette, eye: str) -> np.ndarray:
+    "The colors as that eye sees them, RGB (n, 3)."
+    light = linear(np.array([viz.matplotlib.colors.to_rgb(c) for c in palette])) @ EYES[eye].T
+    light = light.clip(0, 1)
+    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def closest(palette, eye: str) -> float:
+    "Distance of the two most similar colors in CIELAB units; below 10 they are easily confused."
+    to_xyz = np.array([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8729]])
+    f = np.cbrt(linear(seen(palette, eye)) @ to_xyz.T)
+    lab = np.stack([116 * f[:, 1], 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+    return np.linalg.norm(lab[:, None] - lab, axis=-1)[~np.eye(len(palette), dtype=bool)].min()
+
+
+def test_everybody_can_tell_the_experts_apart():
+    "Without receptors for red or green the eight colors remain distinct; matplotlib's usual eight don't."
+    ours = [viz.expert_color(e) for e in range(8)]
+    usual = [viz.matplotlib.colormaps['tab10'](e)[:3] for e in range(8)]
+    for eye in EYES:
+        np.testing.assert_allclose(seen(['#808080'], eye), 128 / 255, atol=1e-3)  # gray stays gray
+    assert min(closest(ours, eye) for eye in EYES) > 15 > 10 > min(closest(usual, eye) for eye in EYES)
+
+
+def test_text_on_a_color_has_contrast():
+    "More than the 4.5 that WCAG 2 asks of text, on every expert's color and its tints."
+
+    def contrast(a: str, b: str) -> float:
+        dark, light = sorted((viz.luminance(a), viz.luminance(b)))
+        return (light + 0.05) / (dark + 0.05)
+
+    assert round(contrast('white', 'black')) == 21
+    for color in map(viz.expert_color, range(8)):
+        for strength in (0, 0.25, 0.5, 0.75, 1):
+            shade = viz.tint(color, strength)
+            assert contrast(shade, viz.text_color(shade)) > 4.5
+
+
+def test_templates_escape_their_values():
+    assert viz.render_html('<b>{{ word }}</b>', word='a<b') == '<b>a&lt;b</b>'
+    assert viz.render_html('{{ word|safe }}', word='<i>') == '<i>'  # HTML already
+    page = viz.render_html('<span style="{{ label(0) }};{{ paper }}">')
+    assert viz.label_style(0) in page and viz.paper in page
+
+
+def test_pictures_have_no_small_letters():
+    "Nothing below 7 points, in the plots of viz and in the architecture diagram."
+    ids = np.arange(16).reshape(8, 2) % 4
+    load = [[1, 2, 3, 4]] * 2
+    figures = [
+        viz.load_bars([1, 2, 3], [0, 1, 0], 2),
+        viz.load_heatmap(load),
+        viz.load_history([row(1), row(2)]),
+        viz.coactivation(ids, 4),
+        viz.flow(ids.T, 4),
+        viz.draw_model(ModelConfig(vocab_size=9, n_experts=64)),
+    ]
+    for fig in figures:
+        fig.canvas.draw()
+        sizes = [t.get_fontsize() for t in fig.findobj(viz.matplotlib.text.Text) if t.get_text().strip()]
+        assert sizes and min(sizes) >= 7
+
+
 def test_a_watcher_waits_for_its_run(tmp_path, capsys, monkeypatch):
     """Started first, with another run beside it: it says so, serves, and shows the run when it comes, also
     after a new beginning.
