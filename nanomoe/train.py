@@ -851,7 +851,7 @@ def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:
         f'  | validation: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else ''
     )
 
-# %% ../nbs/09_train.ipynb #print-progress
+
 def print_progress(line: str, keep: bool):
     "Rewrite the terminal's last line; print a line of its own where it should stay or there is no terminal."
     if not sys.stdout.isatty():
@@ -925,7 +925,7 @@ def summary(out_dir: Path, data: TokenDataset, newest: Record | None = None) -> 
         lines += [f'checkpoint  {os.path.relpath(saved[-1])}']
     return '\n'.join(lines)
 
-# %% ../nbs/09_train.ipynb #tracker
+
 def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
     "A wandb run when it is asked for, else None; a resumed run continues in the same."
     if cfg.tracker == 'none':
