@@ -8,7 +8,7 @@ __all__ = ['BPE_TRAIN_CHARS', 'NOTED_EVERY', 'Part', 'split_documents', 'Tokeniz
            'split_entry', 'compressed', 'bar', 'take_chars', 'write_splits', 'build_dataset', 'write_dataset',
            'link_split', 'link_token_files', 'fineweb_shards', 'Prepare', 'mixture_weights', 'on_hub', 'domain_name',
            'destination', 'check_prepare', 'check_apart', 'check_once', 'token_folder', 'token_files', 'endings_of',
-           'open_source', 'compare_with_nanogpt', 'prepare', 'write_numbers', 'run_command', 'main']
+           'open_source', 'compare_with_nanogpt', 'prepare', 'prepare_missing', 'run_command', 'main']
 
 # %% ../nbs/37_data.ipynb #imports
 import fcntl, gzip, hashlib, importlib.util, json, lzma, math, os, platform, re, shutil, sys, time
@@ -847,14 +847,17 @@ def prepare(
     return result
 
 # %% ../nbs/37_data.ipynb #write-numbers
-def write_numbers():
-    """Prepare `data/numbers`.
+def prepare_missing(name: str):
+    """Prepare `data/NAME`, one of the datasets made from what is on the machine, unless it is there already.
 
     Of many processes that do so at once, the first to finish gives its own the name.
     """
-    final = resolve('data/numbers')
-    draft = final.with_name(f'.numbers-{platform.node()}-{os.getpid()}')
-    prepare('numbers', draft)
+    final = resolve(f'data/{name}')
+    if (final / 'manifest.json').exists():
+        return
+    print_status(f'preparing data/{name}')
+    draft = final.with_name(f'.{name}-{platform.node()}-{os.getpid()}')
+    prepare(name, draft)
     try:
         os.replace(draft, final)
     except OSError as e:

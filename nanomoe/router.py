@@ -40,10 +40,10 @@ class Routing(NamedTuple):
         return self.assigned & self.kept
 
     def counts(self, tokens: Tensor | None = None, group: Tensor | None = None, n_groups: int = 1) -> Tensor:
-        """Assignments each expert got, (E,) float32, before any is dropped: the only place that counts them.
+        """Assignments of each expert, (E,) float32, before any is dropped: the only place that counts them.
 
-        Of the tokens that are 1 in `tokens` (N,), or of all. With a number in `group` (N,) for each token,
-        those of each group, (n_groups, E).
+        With `tokens` (N,), only the tokens where it is 1 count. With `group` (N,), the group number of each
+        token, each group is counted separately: (n_groups, E).
         """
         E, ids = self.probs.size(1), self.expert_ids
         weight = torch.ones(ids.shape, device=ids.device) if self.assigned is None else self.assigned.float()
@@ -62,7 +62,7 @@ def topk_route(
     score: str = 'softmax',
     bias: Tensor | None = None,
 ) -> Routing:
-    """Route by router logits (N, E) to the `top_k` experts of each token.
+    """Route each token to `top_k` experts by its router logits (N, E).
 
     A gate is the score of the chosen expert: for softmax its share among all E (Switch, 2101.03961 eq. 2), or
     with `norm_topk_prob` among the K chosen, so that they sum to 1 (1701.06538 eq. 3-5; Mixtral).
@@ -81,7 +81,7 @@ class TopKRouter(nn.Module):
     """Scores E experts for each token and keeps the best K: x (N, C) -> `Routing`.
 
     `router='noisy'` adds softplus(x W_noise)·ε, ε ~ N(0, 1), to the logits in training (1701.06538 eq. 4).
-    `balance='bias'` gives it a buffer that `topk_route` adds to the scores, and that training moves.
+    `balance='bias'` gives it a buffer that `topk_route` adds to the scores, and that training updates.
     """
 
     def __init__(self, cfg: ModelConfig):

@@ -80,13 +80,13 @@ def generate(
     use_cache: bool = True,
     compile: bool = False,
 ) -> Iterator[Step]:
-    """Continue the rows idx (B, T), a token each per step.
+    """Continue the rows idx (B, T), one token each per step.
 
-    Ids from `n_vocab` on, which the tokenizer lacks, never come. With the cache each step reads only the
-    newest token; once `block_size` positions are full, each processes the last `block_size` again, because
-    learned positions cannot be shifted. Where `eval_capacity_factor` limits the experts, a single token
-    always finds room: with the cache the text is another. Only the last position goes through the head. With
-    `compile`, steps of one token run compiled, on CUDA as one CUDA graph.
+    Ids from `n_vocab` on, which the tokenizer lacks, are never drawn. With the cache a step processes only
+    the newest token; once `block_size` positions are full, every step processes the last `block_size` again,
+    because learned positions cannot be shifted. Where `eval_capacity_factor` limits the experts, a single
+    token always finds a free slot, so the cache changes the text. Only the last position goes through the
+    head. With `compile`, steps of one token run compiled, on CUDA as one CUDA graph.
 
     >>> cfg = nanomoe.ModelConfig(vocab_size=100, n_layer=2, n_head=2, n_embd=32, n_experts=4)
     >>> model = nanomoe.GPT(cfg)
@@ -121,8 +121,8 @@ def generate(
 
 # %% ../nbs/10_sample.ipynb #rows-compete
 def batch_dependent(cfg: ModelConfig) -> bool:
-    """Whether the rows of a batch share the experts' places, so that a text depends on those written beside
-    it.
+    """Whether the rows of a batch compete for the experts' slots, so that a text depends on those generated
+    beside it.
     """
     shares_capacity = cfg.eval_capacity_factor is not None and cfg.capacity_over == 'micro_batch'
     return cfg.n_experts > 1 and (cfg.router == 'expert_choice' or shares_capacity)
@@ -239,9 +239,9 @@ def check_sampling(s: Sampling):
 def generate_texts(model: GPT, tokenizer, idx: Tensor, s: Sampling) -> Iterator[Iterator[str]]:
     """The pieces of each text that continues idx (1, T), to be read one text after the other.
 
-    All are rows of one batch, and steps end when every text has. Rows that compete for experts go one at a
-    time, because a text would change with those beside it. The end of a document is a line break, unless it
-    is a stop.
+    All texts are rows of one batch, and steps end when every text has ended. Rows that compete for experts
+    are generated one at a time, because a text would change with those beside it. The end of a document is a
+    line break, unless it is a stop.
     """
     stops = [unescaped(stop) for stop in s.stop]
     rows = 1 if batch_dependent(model.cfg) else s.num_samples

@@ -33,7 +33,7 @@ from nanomoe.config import (
     to_dict,
     without_effect,
 )
-from .data import write_numbers
+from .data import prepare_missing
 from nanomoe.dataset import (
     TokenDataset,
     all_sequences,
@@ -138,8 +138,8 @@ def validation_figures(sums: Tensor, load: Tensor, domains: list[str]) -> dict:
 # %% ../nbs/09_train.ipynb #trainer-helpers
 def open_data(dataset: str, block_size: int) -> tuple[TokenDataset, TokenDataset]:
     "The training and validation split; the preset `tiny` has its arithmetic written on first use."
-    if dataset == 'numbers' and not (resolve('data/numbers') / 'manifest.json').exists():
-        write_numbers()
+    if dataset == 'numbers':
+        prepare_missing('numbers')
     train, val = TokenDataset(dataset, 'train'), TokenDataset(dataset, 'val')
     n_sequences(train, block_size)
     if load_tokenizer(train.folder).n_vocab != train.vocab_size:

@@ -9,10 +9,10 @@ __all__ = ['paper', 'load_ratio', 'expert_color', 'luminance', 'text_color', 'ti
            'downsample', 'curve_points', 'loss_curve', 'domain_load', 'specialization', 'token_class', 'class_load',
            'label_style', 'render_html', 'top_tokens', 'top_tokens_table', 'visible', 'colored_text', 'legend',
            'decisions', 'confidence', 'layer_colors', 'explore', 'draw_stack', 'draw_experts', 'draw_model',
-           'settled_share', 'saturation', 'coactivation_rate', 'coactivation', 'flow']
+           'settled_share', 'saturation', 'coactivation_rate', 'coactivation', 'flow', 'scoreboard']
 
 # %% ../nbs/05_viz.ipynb #imports
-import base64, functools, io, re, unicodedata
+import base64, functools, io, json, re, unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,6 +21,7 @@ import numpy as np
 
 from .command_line import one_sentence
 from .config import ModelConfig, moved
+from .files import home
 
 with one_sentence() if __name__ == '__main__' and '__file__' in globals() else nullcontext():
     import jinja2
@@ -642,6 +643,39 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
     frame(ax, 'from expert to expert', xticks=range(len(ids)), xlabel='MoE layer', yticks=[])
     ax.spines[:].set_visible(False)
     return ax.figure
+
+# %% ../nbs/05_viz.ipynb #scoreboard
+def scoreboard(lesson: int | None = None) -> Figure:
+    """The runs of the course, a row each: bits per byte of every seed, and what it took; rows of `lesson` in
+    color.
+
+    Reads assets/scoreboard.json, which `python tools/scoreboard.py` makes.
+    """
+    rows = json.loads((home() / 'assets' / 'scoreboard.json').read_text())['rows']
+    fig = new_figure(9, 0.8 + 0.24 * len(rows))
+    ax, table = fig.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    for y, row in enumerate(rows):
+        color = expert_color(0) if row['lesson'] == lesson else 'black' if lesson is None else '#888888'
+        ax.plot(row['bpb'], [y] * len(row['bpb']), 'o', color=color, alpha=0.6, ms=5)
+        figures = (
+            f'{row["tok_per_s"] / 1000:,.0f}k',
+            f'{row["params"] / 1000:,.0f}k',
+            f'{row["active"] / 1000:,.0f}k',
+            '–' if row['max_load'] is None else f'{row["max_load"]:.1f}',
+            '–' if row['dead'] is None else f'{row["dead"]:.0f}',
+            '–' if row['dropped'] is None else f'{row["dropped"]:.0%}',
+        )
+        for x, text in enumerate((f'{sum(row["bpb"]) / len(row["bpb"]):.3f}', *figures)):
+            table.text(x + 0.9, y, text, ha='right', va='center', color=color, fontsize=8)
+    heads = 'bits/byte', 'tokens/s', 'params', 'active', 'max load', 'dead', 'dropped'
+    for x, head in enumerate(heads):
+        table.text(x + 0.9, -1.1, head, ha='right', va='center', fontsize=8, weight='bold')
+    ax.set_yticks(range(len(rows)), [f'{row["lesson"]:02} {row["name"]}' for row in rows], fontsize=8)
+    ax.set(ylim=(len(rows) - 0.5, -1.6), xlabel='bits per byte, validation (each dot a seed)')
+    ax.grid(axis='y', alpha=0.2)
+    table.set(xlim=(0, len(heads)))
+    table.axis('off')
+    return fig
 
 # %% ../nbs/05_viz.ipynb #door
 __getattr__ = moved('report', 'board')  # for names imported from here before

@@ -1,4 +1,6 @@
-"""The exercises of a lesson: the cell with the reader's place, the folded answer, and wrong answers that its check refuses."""
+"""The exercises of a lesson: the cell with the reader's place, the folded answer, and wrong answers that its
+check refuses.
+"""
 
 import ast
 import contextlib

@@ -14,7 +14,15 @@ from nanomoe.config import BadInput, ModelConfig, TrainConfig, check
 from nanomoe.experts import MoE, activate
 from nanomoe.losses import Losses, balance_loss, sequence_balance_loss, total_loss, update_bias
 from nanomoe.model import GPT, flops_per_token, initialize
-from nanomoe.router import Routing, topk_route, even_shares, make_router
+from nanomoe.router import (
+    ExpertChoiceRouter,
+    HashRouter,
+    Routing,
+    TopKRouter,
+    even_shares,
+    make_router,
+    topk_route,
+)
 from nanomoe.metrics import health, step_stats
 from nanomoe.optim import make_optimizer
 
@@ -322,6 +330,31 @@ def test_jitter_is_for_training_only():
     assert torch.equal(router.eval()(x).logits, router.score(x))
     ratio = router.train()(torch.eye(16)).logits / router.score(torch.eye(16))  # one feature, one factor
     assert 0.9 <= ratio.min() < 0.95 and 1.05 < ratio.max() <= 1.1
+
+
+def test_noise_is_for_training_only_and_its_size_is_learned():
+    router = filled(make_router(replace(BASE, router='noisy')))
+    x = torch.randn(50, 16)
+    assert not torch.equal(router(x).logits, router(x).logits)
+    router(x).gates.square().sum().backward()
+    assert router.noise.weight.grad.abs().max() > 0
+    assert torch.equal(router.eval()(x).logits, router.score(x))
+
+
+def test_expert_choice_marks_what_was_taken_where_probabilities_round_to_1():
+    even = dict(capacity_factor=1.0, eval_capacity_factor=1.0)
+    router = make_router(ModelConfig(n_embd=2, n_experts=2, top_k=1, router='expert_choice', **even))
+    with torch.no_grad():
+        router.score.weight.copy_(30 * torch.eye(2))
+    r = router(torch.tensor([[1.0, 0.0], [1.0, 0.05]]))  # both are sure of expert 0, which takes one
+    assert r.probs[1, 0] == 1 and r.expert_ids.tolist() == [[0, 1], [1, 0]]
+    assert r.assigned.tolist() == [[True, False]] * 2
+
+
+def test_the_option_names_the_router():
+    kinds = dict(softmax=TopKRouter, sigmoid=TopKRouter, expert_choice=ExpertChoiceRouter, hash=HashRouter)
+    for name, kind in kinds.items():
+        assert type(make_router(replace(BASE, router=name, vocab_size=9))) is kind
 
 
 def test_a_bias_moves_the_choice_and_not_the_gate():

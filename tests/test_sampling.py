@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from nanomoe import sample
 from nanomoe.tokenizer import load_tokenizer, make_tokenizer
-from nanomoe.config import ModelConfig
+from nanomoe.config import BadInput, ModelConfig
 from nanomoe.presets import PRESETS
 from nanomoe.data import prepare
 from nanomoe.model import GPT
+from nanomoe.router import topk_route
 from nanomoe.sample import (
     Sampling,
     Step,
@@ -139,6 +140,31 @@ def test_limits_of_the_options(monkeypatch):
     assert written(monkeypatch, model, idx, 12, temperature=2.0, top_k=99, n_vocab=7)[0].max() < 7
 
 
+def test_edges_of_the_distribution():
+    rows = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) * 2
+    greedy = sample.next_token_probs(rows, temperature=0)
+    torch.testing.assert_close(sample.next_token_probs(rows, 1e-2), greedy, atol=1e-2, rtol=0)
+    assert (
+        sample.next_token_probs(torch.zeros(1, 4), top_k=2) == 0.25
+    ).all()  # a tie at the edge stays whole
+
+
+def test_generation_leaves_the_mode_of_the_model():
+    model = made().train()
+    assert len(list(generate(model, random_rows(2, 5), 3, n_vocab=7))) == 3 and model.training
+    next(steps := generate(model, random_rows(2, 5), 3))
+    steps.close()  # the caller stopped early
+    assert model.training
+
+
+def test_a_step_holds_copies_of_its_routing():
+    routing = topk_route(torch.randn(3, 4), top_k=2)
+    (copy,), before = sample.copied((routing,)), routing.gates.clone()
+    routing.gates.zero_()  # as the next replay of a CUDA graph would
+    assert torch.equal(copy.gates, before) and before.all()
+    assert torch.equal(copy.expert_ids, routing.expert_ids)
+
+
 # ---- stop strings
 
 
@@ -243,6 +269,15 @@ def test_files_and_limits(say, tmp_path):
     assert say('--top_k=100000') == say('--top_k=None') != say('--top_k=1') == say('--temperature=0')
 
 
+def test_every_broken_rule_is_reported_at_once(tmp_path):
+    with pytest.raises(BadInput) as refused:
+        sample.check_sampling(Sampling(temperature=-1.0, top_p=0.0, start='FILE:x'))
+    sentences = str(refused.value).split('\n')
+    assert [line.split()[0] for line in sentences] == ['temperature', 'top_p', 'start']
+    with pytest.raises(BadInput, match='holds no checkpoint'):
+        sample.load(tmp_path)
+
+
 def test_one_text_per_domain(run, capsys, tmp_path):
     "Each continues the beginning that the run wrote down last, under the domain's name."
     shutil.copytree(run, tmp_path / 'run')
@@ -344,6 +379,18 @@ def test_bytes_of_two_documents_are_never_joined():
     tokenizer = make_tokenizer('bytes', [], 0)
     end = tokenizer.eot_token
     assert ''.join(sample.decode_stream(tokenizer, [*b'ab\xe2\x82', end, *b'\xacxy'])) == 'ab\ufffd\n\ufffdxy'
+
+
+def test_a_character_that_is_cut_off_becomes_a_replacement():
+    tokenizer = make_tokenizer('bytes', [], 0)
+    ids = tokenizer.encode_ordinary('→')
+    assert ''.join(sample.decode_stream(tokenizer, ids)) == '→'
+    assert list(sample.decode_stream(tokenizer, ids[:-1]))[-1] == '\ufffd'
+
+
+def test_a_prompt_follows_the_end_of_a_document():
+    tokenizer = make_tokenizer('bytes', [], 0)
+    assert prompt(tokenizer, '7 + 8').tolist() == [[tokenizer.eot_token, *b'7 + 8']]
 
 
 def test_the_best_token_stays_however_small_top_p_is():

@@ -244,7 +244,7 @@ def test_notebooks_are_committed_executed_and_clean(path):
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
 def test_lessons_have_their_form(path):
-    code = [source(c) for c in cells(path) if not c['id'].endswith('imports') and c['id'] != 'default-exp']
+    code = [source(c) for c in cells(path) if not c['id'].endswith('imports') and c['id'] not in ('install', 'default-exp')]
     prose = [source(c) for c in cells(path, 'markdown')]
     asserting = sum(bool(re.search(r'\bassert|assert_close|raises', c)) for c in code)
     pictures = sum('image/png' in o.get('data', {}) for c in cells(path) for o in c['outputs'])
@@ -262,6 +262,16 @@ def test_lessons_have_their_form(path):
         path.name >= '30'
         or sum(len(re.findall(r'\bexplore\(', c)) - len(re.findall(r'def explore\(', c)) for c in code) >= 1
     )
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_says_what_to_install_where_the_package_is_absent(path):
+    code = cells(path)
+    if not code or path.stem == 'main':
+        return
+    absent = source(code[0]).replace("find_spec('nanomoe')", "find_spec('nanomoe_is_absent')")
+    done = subprocess.run([sys.executable, '-c', absent], capture_output=True, text=True)
+    assert '%pip install' in done.stdout and not code[0]['outputs']
 
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
@@ -321,6 +331,27 @@ def test_code_is_formatted():
     for words in (['format', '--check'], ['check']):
         done = subprocess.run([*ruff, *words, '.'], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_readme_is_one_page():
+    text = (ROOT / 'README.md').read_text()
+    assert len(re.sub(r'\]\([^)]*\)', ']', text).split()) <= 1200
+
+
+def test_the_first_lesson_has_as_many_lines_as_it_claims():
+    path = ROOT / 'nbs' / '00_first_mixture.ipynb'
+    code = [source(c) for c in cells(path) if c['id'] in ('dense-blocks', 'gpt', 'loop', 'mixture')]
+    lines = [line for text in code for line in text.splitlines() if line.strip()]
+    claims = re.findall(r'(\d+) lines of plain PyTorch', '\n'.join(map(source, cells(path, 'markdown'))))
+    assert claims == [str(len(lines))] and len(lines) <= 80
+    own = {name for c in cells(path) for name in re.findall(r'from nanomoe\.(\w+)', source(c))}
+    assert own == {'corpora', 'viz'}  # text and pictures
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_between_notebooks_lead_somewhere(path):
+    text = '\n'.join(map(source, cells(path, 'markdown')))
+    assert all((path.parent / t).exists() for t in re.findall(r'\]\(([^)#:\s]+)\)', text))
 
 
 def test_readme_links_lead_somewhere():

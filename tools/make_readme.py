@@ -17,7 +17,7 @@ def readme(notebook: dict) -> tuple[str, dict[str, bytes]]:
         if cell['id'].startswith('page-'):
             continue  # for the notebook alone: README shows no HTML
         if cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', source.replace('](../', '](')))
+            parts.append(re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', source.replace('](../', '](')))
         if cell['cell_type'] != 'code':
             continue
         if not re.match(r'#\s*\|\s*hide', source):

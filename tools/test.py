@@ -24,10 +24,16 @@ from exercises import with_checks  # noqa: E402
 
 
 def copy_of_the_project(folder: Path) -> Path:
-    "Links to everything in this project, in another folder; returns its folder of notebooks."
+    """This project in another folder, by links, with no more data than `make lab` prepares.
+
+    Its folder of notebooks.
+    """
     for path in ROOT.iterdir():
-        if path.name not in ('nbs', '.git'):
+        if path.name not in ('.git', 'nbs', 'data', 'out'):
             (folder / path.name).symlink_to(path)
+    (folder / 'data').mkdir()
+    for name in ('onboard', 'numbers'):
+        (folder / 'data' / name).symlink_to(ROOT / 'data' / name)
     (folder / 'nbs').mkdir()
     for path in (ROOT / 'nbs').iterdir():
         (folder / 'nbs' / path.name).symlink_to(path)
