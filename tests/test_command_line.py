@@ -19,6 +19,7 @@ from nanomoe import bench, checkpoint, data, report, sample, sizing, train
 from nanomoe.corpora import Document, file_documents, numbers_documents
 from nanomoe.files import with_checksum
 from nanomoe.optim import make_optimizer
+from nanomoe.parallel import DistContext
 from nanomoe.tokenizer import make_tokenizer, save_tokenizer
 from nanomoe.command_line import parse, words_first
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, check, from_dict, to_dict
@@ -751,6 +752,19 @@ def test_a_dry_run_leaves_no_trace(tmp_path, monkeypatch, capsys):
     )
     assert sorted(path for path in tmp_path.rglob('*')) == before
     assert said(train, ['tiny', '--dry_run', '--top_k=9'], capsys)[0] == 2
+
+
+def test_a_dry_run_of_what_cannot_be_measured():
+    "A dataset yet to be prepared needs a vocabulary; a step that would not fit is not timed."
+    small = ModelConfig(block_size=32, vocab_size=60, n_layer=3, n_head=2, n_embd=16, n_experts=6)
+    cfg, line = sizing.expected_data(small, 'not-prepared', tokens=1000)
+    with pytest.raises(BadInput) as e:
+        sizing.expected_data(replace(small, vocab_size=None), 'not-prepared', tokens=1000)
+    assert cfg == small and str(e.value) == line
+    large, run = replace(small, n_embd=10**6), TrainConfig(batch_size=4)
+    lines = sizing.needs(large, run, DistContext(), torch.float32, accumulated=2)
+    assert lines[-1] == 'time        not measured: a step would not fit into memory'
+    assert sizing.duration(30 * 86400) == '30 days'
 
 
 def test_a_dry_run_times_updates_that_have_gradients(monkeypatch):
