@@ -1,4 +1,4 @@
-# `make` says what there is. `make train`, `make test`, `make lab`, `make cuda`, `make clean`: each sets up what it needs, in .venv inside this folder;
+# `make` lists the targets. Each installs what it needs into .venv inside this folder;
 # `make cuda` uses python3 if its torch supports CUDA, otherwise .venv.
 PYTHON ?= python3
 BIN = .venv/bin
@@ -9,20 +9,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help train test lab cuda clean
 
 help:
-	@echo 'make train   install into .venv (2 GB), prepare text, train the preset onboard and let it write: minutes'
-	@echo 'make test    install the same, and run every test'
-	@echo 'make lab     install the same, prepare the text of the lessons and open the course in JupyterLab'
-	@echo 'make cuda    measure this machine with a CUDA GPU (ARGS=--dry: try it on the CPU)'
-	@echo 'make clean   remove .venv, data, out and what was built'
+	@echo 'make train   install into .venv (2 GB), prepare text, train the preset onboard and generate text (minutes)'
+	@echo 'make test    install the same, then run every notebook and test'
+	@echo 'make lab     install the same, prepare the text for the lessons, then open the course in JupyterLab'
+	@echo 'make cuda    run GPU tests and benchmarks (ARGS=--dry: try it on the CPU)'
+	@echo 'make clean   remove .venv, data, out and build files'
 
 train: .venv/installed
 	@echo '== exporting the notebooks to nanomoe/'
 	@$(BIN)/nbdev_export
-	@test -f data/onboard/manifest.json || { echo '== preparing the text of this machine: data/onboard'; $(BIN)/python -m nanomoe.data onboard; }
+	@test -f data/onboard/manifest.json || { echo '== preparing text from this machine: data/onboard'; $(BIN)/python -m nanomoe.data onboard; }
 	@P=$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(1 if n == 1 or torch.backends.mps.is_available() else 2)'); \
-	echo "== training on $$P processes; Ctrl-C keeps a checkpoint, make train continues it"; \
+	echo "== training on $$P processes; Ctrl-C saves a checkpoint, make train resumes from it"; \
 	$(BIN)/torchrun --standalone --nproc_per_node=$$P -m nanomoe.train onboard
-	@echo '== what it writes'
+	@echo '== text it generates'
 	@$(BIN)/python -m nanomoe.sample $(RUN) --domains=True --max_new_tokens 60
 	@$(BIN)/python -m nanomoe.viz report $(RUN)
 
