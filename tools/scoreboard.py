@@ -83,7 +83,7 @@ def lesson_00(seed: int) -> tuple[list[dict], dict]:
                 name=name,
                 command='nbs/00_first_mixture.ipynb',
                 bpb=names['mean'](bits),
-                tok_per_s=300 * 48 * names['T'] / run.seconds,
+                tok_per_s=len(run.losses) * 48 * names['T'] / run.seconds,
                 params=total,
                 active=active,
                 max_load=None if loads is None else loads.max().item(),
@@ -105,7 +105,7 @@ def one_run(lesson: int, name: str, options: str, seed: int) -> dict:
         done = subprocess.run(
             [*launcher, *words[1:], f'--seed={seed}', f'--out_dir={folder}/run'],
             cwd=ROOT,
-            env=os.environ | {'OMP_NUM_THREADS': '1' if two else '2'},
+            env=os.environ | {'OMP_NUM_THREADS': '1'},
             check=True,
             capture_output=True,
             text=True,
@@ -138,8 +138,7 @@ def merged(rows: list[dict]) -> dict:
 
 def main():
     wanted = set(map(int, sys.argv[1:])) or {0} | {lesson for lesson, *_ in ROWS}
-    old = json.loads(FILE.read_text()) if FILE.exists() else dict(rows=[], curves={})
-    runs, curves = {}, old['curves']
+    runs, curves = {}, {}
     for seed in SEEDS:
         rows, first = lesson_00(seed) if 0 in wanted else ([], {})
         curves = first if first and seed == SEEDS[0] else curves
@@ -147,6 +146,7 @@ def main():
         for row in rows:
             runs.setdefault((row['lesson'], row['name']), []).append(row)
             print(seed, row, flush=True)
+    old = json.loads(FILE.read_text()) if FILE.exists() else dict(rows=[], curves={})
     rows = [row for row in old['rows'] if row['lesson'] not in wanted] + list(map(merged, runs.values()))
     order = [(0, name) for name in LESSON_00] + [row[:2] for row in ROWS]
     rows = sorted(
@@ -157,7 +157,7 @@ def main():
     about = dict(
         made_by='python tools/scoreboard.py', machine=machine, date=date.today().isoformat(), seeds=SEEDS
     )
-    FILE.write_text(json.dumps(about | dict(rows=rows, curves=curves), indent=1) + '\n')
+    FILE.write_text(json.dumps(about | dict(rows=rows, curves=curves or old['curves']), indent=1) + '\n')
 
 
 if __name__ == '__main__':
