@@ -745,6 +745,20 @@ def test_tables_and_flat_files(tmp_path, capsys):
         assert code == 2 and 'my.toml' in message and sentence in message
 
 
+def test_files_of_options_with_a_mistake(tmp_path, capsys):
+    for name, text, sentence in (
+        ('a.toml', 'top_k = = 2', 'a.toml is not valid toml: '),
+        ('b.json', '[1, 2]', 'b.json must hold one table of options, got a list'),
+        ('c.toml', 'preset = "tinny"', 'does not exist; did you mean tiny?'),
+        ('d.toml', 'preset = ["tiny"]', 'd.toml names the preset ['),
+        ('e.toml', '[train]\npreset = "tiny"', 'e.toml: preset must stand above all tables'),
+        ('f.toml', '[optim]\nbeta1 = 0.9', 'f.toml: there is no table [optim] (tables: [model], [train])'),
+    ):
+        (tmp_path / name).write_text(text)
+        code, message = said(train, [str(tmp_path / name), f'--out_dir={tmp_path}/run'], capsys)
+        assert code == 2 and sentence in message
+
+
 def test_the_example_files(tmp_path, small_run, capsys):
     "Each is read; each is trained for two steps where its data and weights are others."
     for path in sorted((Path(__file__).parents[1] / 'configs').iterdir()):
