@@ -132,7 +132,7 @@ class BadInput(ValueError):
     "The user's input breaks a rule; the message is one sentence with the option, the rule and the value."
 
 # %% ../nbs/30_config.ipynb #check-name
-OTHER_NAMES = {  # of nanoGPT's relatives, transformers, and papers
+OTHER_NAMES = {  # what nanoGPT's relatives, transformers and papers call an option
     'max_iters': 'epochs steps iters max_steps num_steps train_steps num_epochs num_train_epochs',
     'learning_rate': 'lr max_lr',
     'batch_size': 'bs micro_batch micro_batch_size per_device_train_batch_size',
@@ -198,7 +198,7 @@ def nearest(word: str, words) -> str:
 
 
 def no_option(name: str, names: list[str], hyphens: str = '') -> str:
-    "That there is no such option, and which one of `names` to use instead."
+    "The sentence that reports an unknown option, with a suggestion from `names` if there is one."
     hint = nearest(name, names)
     if name in REMOVED:
         hint = f'; {REMOVED[name]}'
@@ -215,9 +215,7 @@ def check_name(name: str, names: list[str] | None = None):
 
 # %% ../nbs/30_config.ipynb #kinds
 def check_kinds(cfg):
-    """The settings; raises `BadInput` unless each value is of its field's kind, as what a file says need not
-    be.
-    """
+    "Return the settings; raise `BadInput` unless each value has its field's type."
     for name, kind in typing.get_type_hints(type(cfg)).items():
         value, kinds = (
             getattr(cfg, name),
@@ -242,13 +240,13 @@ def check_kinds(cfg):
 
 
 def renamed_value(name: str, value) -> str:
-    "A hint at what an option's value of earlier versions is called now, or nothing."
+    "What a value of earlier versions is called now, as an addition to a sentence; else empty."
     new_value = RENAMED_VALUES.get((name, value)) if isinstance(value, str) else None
     return f'; it is called {new_value} now' if new_value else ''
 
 
 def spelled(kind) -> str:
-    "A field's kind in a sentence."
+    "A field's type as a sentence names it."
     if typing.get_origin(kind) is Literal:
         return 'one of ' + ', '.join(map(str, typing.get_args(kind)))
     return {int: 'an integer', float: 'a number', bool: 'True or False', str: 'text', type(None): 'None'}.get(
@@ -262,7 +260,7 @@ def field_names(*configs) -> list[str]:
 
 
 def to_dict(model: ModelConfig, train: TrainConfig) -> dict:
-    "Both configurations as one flat dictionary, as `config.json` of a run holds it."
+    "Both configurations as one flat dictionary, as a run's `config.json` stores it."
     return {**dataclasses.asdict(model), **dataclasses.asdict(train)}
 
 
@@ -277,7 +275,7 @@ def from_dict(flat: dict) -> tuple[ModelConfig, TrainConfig]:
 
 
 def of_earlier(flat: dict) -> dict:
-    "The settings of a run that an earlier version wrote, under the present names; others as they are."
+    "The settings of a run that an earlier version wrote, under their present names; others unchanged."
     if 'gates' not in flat:
         return flat
     flat = {RENAMED.get(name, name): value for name, value in flat.items() if name not in REMOVED}
@@ -445,7 +443,7 @@ def conflicts(m: ModelConfig) -> list[str]:
 def check(model: ModelConfig, train: TrainConfig | None = None):
     """Raise `BadInput` with every broken rule, one sentence a line.
 
-    With `train` given, what can be built but not trained is refused too.
+    With `train` given, a model that can be built but not trained is rejected too.
     """
     for cfg in (model, train):
         cfg and check_kinds(cfg)
@@ -457,9 +455,7 @@ def check(model: ModelConfig, train: TrainConfig | None = None):
 
 # %% ../nbs/30_config.ipynb #without-effect
 def without_effect(model: ModelConfig, train: TrainConfig, given: list[str]) -> list[str]:
-    """Those of the given options that change nothing, each with what makes it idle, such as `top_k
-    (n_experts=1)`.
-    """
+    "Those of the given options that change nothing, each with the reason, such as `top_k (n_experts=1)`."
     idle = {}
 
     def when(condition: bool, names: str, why: str):
@@ -485,7 +481,7 @@ def without_effect(model: ModelConfig, train: TrainConfig, given: list[str]) -> 
 
 # %% ../nbs/30_config.ipynb #moved
 def moved(*modules: str):
-    "The `__getattr__` of a module whose names are in these now: finds them there, and warns."
+    "A `__getattr__` for a module whose names moved to `modules`: it finds them there and warns."
 
     def __getattr__(name: str):
         # what Python looks for in every module, such as __path__, has not moved

@@ -58,7 +58,7 @@ class Part(NamedTuple):
     text: str
     domain: str
     split: str
-    done: int | None  # documents of the source that are finished with it; None if one is still at work
+    done: int | None  # how many documents are finished with it; None if its document goes on
 
 
 def split_documents(source: Source, skip: int = 0, cut: bool = False) -> Iterator[Part]:
@@ -80,10 +80,9 @@ class Tokenized(NamedTuple):
 
 
 def tokenize(pieces: Iterable[Part], tokenizer, batch: int = 500_000) -> Iterator[Tokenized]:
-    """The pieces as token ids, in order, by as many threads as there are cores.
+    """The pieces as token ids, in order, encoded by as many threads as there are cores.
 
-    They work on batches of about `batch` characters, two batches ahead for each, whatever the size of the
-    corpus.
+    A thread takes batches of about `batch` characters, and works at most two of them ahead.
     """
 
     def encode(batch: list[Part]) -> list[Tokenized]:
@@ -103,11 +102,11 @@ def tokenize(pieces: Iterable[Part], tokenizer, batch: int = 500_000) -> Iterato
 
 
 def ids_of(tokenizer, text: str, what: str) -> np.ndarray:
-    "Token ids (tokens,) of a text; `what` names it where it cannot be encoded, which raises `BadInput`."
+    "Token ids (tokens,) of a text; raises `BadInput`, with the name `what`, if it cannot be encoded."
     check_characters(tokenizer, text, what)
     try:
         return tokenizer.encode_to_numpy(text, disallowed_special=())
-    except ValueError as e:  # so a million blanks in a row, in one go
+    except ValueError as e:  # such as a million blanks in a row
         half = len(text) // 2
         if half > 1000:
             return np.concatenate(
@@ -146,7 +145,7 @@ def check_replaceable(folder: Path):
 
 
 def foreign(folder: Path) -> list[Path]:
-    "What is in a folder that no preparation writes."
+    "The entries of a folder that no preparation writes."
     our_names = {'manifest.json', 'tokenizer.json', 'progress.json', 'progress.tmp'}
     try:
         our_names |= {
@@ -155,7 +154,7 @@ def foreign(folder: Path) -> list[Path]:
             for shard in entry['shards']
         }
     except (BadInput, KeyError, TypeError, AttributeError):
-        pass  # unfinished or damaged: by the names that we give
+        pass  # unfinished or damaged: the pattern of names below decides
     return [
         p
         for p in folder.iterdir()
@@ -167,10 +166,7 @@ def foreign(folder: Path) -> list[Path]:
 # %% ../nbs/37_data.ipynb #at-work
 @contextmanager
 def at_work(part: Path):
-    """Hold the folder of an unfinished dataset against other processes.
-
-    Removes it after a failure that left nothing to continue.
-    """
+    "Lock the folder of an unfinished dataset; after a failure that left nothing to resume, remove it."
     part.mkdir(parents=True, exist_ok=True)
     handle = os.open(part, os.O_RDONLY)
     try:
@@ -191,14 +187,14 @@ def at_work(part: Path):
 # %% ../nbs/37_data.ipynb #note-progress
 @dataclass
 class Progress:
-    "How far a preparation is: all that a continuation has to know"
+    "How far a preparation is: everything that is needed to resume it"
 
     job: str  # digest of what is prepared and how
     cut: list = field(default_factory=list)  # sources whose documents are cut
     seen: dict = field(default_factory=dict)  # 'SOURCE SPLIT' -> documents
     source: int = 0  # sources finished
-    documents: int = 0  # of the one at work: documents finished
-    tokens: int = 0  # and its tokens
+    documents: int = 0  # finished documents of the current source
+    tokens: int = 0  # tokens of the current source
     splits: dict = field(default_factory=dict)  # 'SPLIT DOMAIN' -> documents, bytes, the writer's mark
 
 
@@ -225,9 +221,7 @@ def note_progress(part: Path, at: Progress, writers: dict[str, ShardWriter]) -> 
 
 # %% ../nbs/37_data.ipynb #read-progress
 def read_progress(part: Path, job: str) -> Progress:
-    """How far the folder is with this job: at its beginning, if it holds nothing, another job or damaged
-    files.
-    """
+    "The progress of this job in the folder; none if there is no note, another job's, or damaged files."
     try:
         flat, tokenizer = read_with_checksum(part / 'progress.json'), load_tokenizer(part)
         for key, note in flat['splits'].items():
@@ -270,10 +264,7 @@ def split_entry(domains: dict[str, tuple[dict, list[dict]]]) -> dict:
 
 
 def compressed(folder: Path, entry: dict, tokenizer) -> dict:
-    """What `gzip -9` and `xz -9` make of a split's text, in bytes.
-
-    Nothing above 20 MB, where they would take minutes.
-    """
+    "Bytes of a split's text under `gzip -9` and `xz -9`; empty above 20 MB, where they would take minutes."
     if entry['bytes'] > 20_000_000:
         return {}
     shards = [open_shard(folder / s['file']) for s in entry['shards']]
@@ -283,9 +274,7 @@ def compressed(folder: Path, entry: dict, tokenizer) -> dict:
 # %% ../nbs/37_data.ipynb #bar
 @contextmanager
 def bar(sources: list[Source], show: bool) -> Iterator[Callable[[int, int], None]]:
-    """A function to tell of bytes and tokens done: to a bar on the terminal if there is one and it is wanted,
-    else to nobody.
-    """
+    "A function that reports bytes and tokens: to a bar, if there is a terminal and `show`, else to nobody."
     if not (show and sys.stderr.isatty() and importlib.util.find_spec('tqdm')):
         yield lambda n_bytes, n_tokens: None
         return
@@ -304,11 +293,11 @@ def bar(sources: list[Source], show: bool) -> Iterator[Callable[[int, int], None
 
 # %% ../nbs/37_data.ipynb #take-characters
 BPE_TRAIN_CHARS = 100_000_000  # characters of each source from which a BPE is learned
-NOTED_EVERY = 10.0  # seconds between notes of progress: what a kill costs at most
+NOTED_EVERY = 10.0  # seconds between two notes of progress: the most that a kill costs
 
 
 def take_chars(pieces: Iterable[Part], limit: int | None) -> Iterator[Part]:
-    "The first pieces, `limit` characters and the rest of the last; None for all."
+    "The first pieces, up to the one that reaches `limit` characters; all of them if it is None."
     n_characters = 0
     for piece in pieces:
         yield piece
@@ -318,10 +307,7 @@ def take_chars(pieces: Iterable[Part], limit: int | None) -> Iterator[Part]:
 
 # %% ../nbs/37_data.ipynb #write-splits
 def write_splits(part: Path, sources: list[Source], tokenizer, at: Progress, show: bool) -> dict[str, dict]:
-    """Encode and write what is still to do.
-
-    The manifest entries of both splits, empty for one that got nothing.
-    """
+    "Encode and write the rest; the manifest entries of both splits, empty for one without text."
 
     def writer(key: str) -> ShardWriter:
         split, domain = key.split(' ', 1)
@@ -355,7 +341,7 @@ def write_splits(part: Path, sources: list[Source], tokenizer, at: Progress, sho
                 at.tokens += len(ids)
                 tell(n_bytes, len(ids))
                 if piece.done is None:
-                    continue  # a document is noted with all its pieces or not at all
+                    continue  # a document is noted with all its pieces, or not at all
                 at.documents = piece.done
                 if source.max_tokens and at.tokens >= source.max_tokens:
                     break
@@ -454,9 +440,9 @@ def write_dataset(
     """Split, tokenize and write the sources' documents; the folder appears at once and complete. Returns the
     manifest.
 
-    What a kill or a full disk interrupts, the same call continues. `weights` of domains are kept for the
-    reader, `show` draws a bar. Raises `BadInput` if there is no text, if the folder holds anything but a
-    prepared dataset or another process writes it, or when it cannot be written.
+    After a kill or a full disk, the same call resumes. `weights` of domains are stored for the reader, `show`
+    draws a bar. Raises `BadInput` if there is no text, if the folder holds anything but a prepared dataset,
+    if another process writes it, or if it cannot be written.
     """
     put_back(folder := folder.resolve())
     check_replaceable(folder)
@@ -476,7 +462,7 @@ def write_dataset(
 
 # %% ../nbs/37_data.ipynb #link-split
 def link_split(part: Path, files: list[Path], tokenizer) -> dict:
-    "Link to the files and count what is in them; the manifest entry of their split."
+    "Link to the files and count their content; the manifest entry of their split."
     lengths, shards, note = token_bytes(tokenizer).numpy(), [], dict(documents=0, bytes=0)
     for path in files:
         (part / path.name).symlink_to(path.resolve())
@@ -506,8 +492,8 @@ def link_token_files(files: list[Path], folder: Path, tokenizer: str = 'gpt2', n
     """Make a dataset folder with links to token files of llm.c or nanoGPT, which stay as they are; returns
     its manifest.
 
-    Raises `BadInput` unless there are files with train and with val in their names, of ids that the tokenizer
-    has.
+    Raises `BadInput` unless there are files with train and with val in their names, and all their ids are in
+    the tokenizer's vocabulary.
     """
     put_back(folder)
     check_replaceable(folder)
@@ -554,8 +540,8 @@ def link_token_files(files: list[Path], folder: Path, tokenizer: str = 'gpt2', n
 
 # %% ../nbs/37_data.ipynb #fineweb-shards
 def fineweb_shards(max_tokens: int | None) -> list[Path]:
-    """Files of FineWeb in GPT-2's tokens, 100 million each, fetched once: one to hold out, and as many as are
-    wanted of 103.
+    """Files of FineWeb in GPT-2's tokens, 100 million each, downloaded once: one for validation, and up to
+    103 for training.
     """
     from huggingface_hub import hf_hub_download
 
@@ -617,7 +603,7 @@ def on_hub(source: str) -> bool:
 
 
 def domain_name(source: str) -> str:
-    "The domain name of a source's documents."
+    "The domain of a source's documents."
     return (
         source if source in BUILTIN_DATASETS else Path(source).name if on_hub(source) else domain_of(source)
     )
@@ -701,7 +687,7 @@ def check_prepare(sources: list[str], o: Prepare, kind: str):
 
 # %% ../nbs/37_data.ipynb #apart
 def check_apart(sources: list[str], folder: Path):
-    "Raise `BadInput` for a source that is prepared already or lies in the folder that will be replaced."
+    "Raise `BadInput` for a source that is already prepared, or is in the folder that will be replaced."
     for s in map(Path, sources):
         if s.is_dir() and (s / 'manifest.json').exists():
             raise BadInput(f'{s} is a prepared dataset already; train with --dataset {s}')
@@ -710,9 +696,7 @@ def check_apart(sources: list[str], folder: Path):
 
 
 def check_once(named: list[tuple[str, list[Path]]]):
-    """Raise `BadInput` for a file that two sources name: by one it might be learned from, by the other held
-    out.
-    """
+    "Raise `BadInput` for a file that two sources name, since its text could be in both splits."
     owners = {}
     for source, files in named:
         for file in files:
@@ -726,17 +710,15 @@ def check_once(named: list[tuple[str, list[Path]]]):
 
 # %% ../nbs/37_data.ipynb #token-files
 def token_folder(folder: Path) -> list[Path]:
-    """Its .bin files where some of them are for training and some for validation, by their names: then other
-    files are not text to learn.
-    """
+    "The folder's .bin files if their names contain both train and val; its other files are not text then."
     files = sorted(folder.glob('*.bin'))
     return files if all(any(split in f.name for f in files) for split in ('train', 'val')) else []
 
 
 def token_files(sources: list[str], o: Prepare) -> list[Path]:
-    """The token files that the sources name, none if they name text.
+    """The token files among the sources; none if they are text.
 
-    Raises `BadInput` for both at once, and for options of text.
+    Raises `BadInput` for both at once, and for options that belong to text.
     """
     if sources == ['fineweb10B-gpt2']:
         return fineweb_shards(o.max_tokens)
@@ -803,9 +785,9 @@ def prepare(
     """Make a dataset folder from what `source` names; returns its manifest. The other `options` are those of
     `Prepare`.
 
-    A source is one of `BUILTIN_DATASETS`, a file, a folder, a pattern, or a dataset of the hub. `out_dir`
-    defaults to `data/NAME`, `tokenizer` to what `BUILTIN_DATASETS` says, to `gpt2` for the hub and token
-    files, or to a BPE of 4096 entries.
+    A source is one of `BUILTIN_DATASETS`, a file, a folder, a pattern, or a dataset of the Hub. `out_dir`
+    defaults to `data/NAME`, `tokenizer` to that of `BUILTIN_DATASETS`, to `gpt2` for the Hub and token files,
+    or to a BPE of 4096 entries.
 
     >>> manifest = nanomoe.prepare('numbers', tempfile.mkdtemp())
     >>> list(manifest['splits']['train']['domains'])

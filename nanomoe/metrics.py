@@ -20,20 +20,20 @@ from .router import Routing
 
 # %% ../nbs/38_metrics.ipynb #routing-stats
 class StepStats(NamedTuple):
-    "Sums over micro-batches, and of those over tokens: what processes add up, and a log line is made of"
+    "Sums over micro-batches and their tokens, which processes add up before a log line is computed"
 
     ce: Tensor  # () nats per token, one mean per micro-batch
-    balance_loss: Tensor  # () mean over layers, the same
-    z_loss: Tensor  # () mean over layers, the same
+    balance_loss: Tensor  # () mean over layers, one per micro-batch
+    z_loss: Tensor  # () mean over layers, one per micro-batch
     counts: Tensor  # (L, E) assignments each expert got, before any is dropped
     dropped: Tensor  # (L,) assignments dropped because the expert was full
     unassigned: Tensor  # (L,) tokens without any assignment
     entropy: Tensor  # (L,) of the router's probabilities, nats
-    margin: Tensor  # (L,) by how much the least of the chosen beats the best of the others
+    margin: Tensor  # (L,) probability of the least chosen expert minus that of the best other
     logit_square: Tensor  # (L,) mean square of the router's logits
 
     def pack(self) -> Tensor:
-        "All sums as one flat vector, so that they are added up over processes at once."
+        "All sums as one flat vector, so that processes add them up in one call."
         return torch.cat([field.flatten() for field in self])
 
     @classmethod
@@ -65,20 +65,22 @@ def layer_stats(r: Routing) -> tuple[Tensor, ...]:
 
 # %% ../nbs/38_metrics.ipynb #health
 class Health(NamedTuple):
-    "How each MoE layer is doing, one entry per layer"
+    "Metrics of each MoE layer, one entry per layer"
 
     # largest normalized load of an expert (1 = uniform); 2408.15664's MaxVio is this minus 1
     max_load: list[float]
     min_load: list[float]  # smallest normalized load
-    dead: list[int]  # experts that nobody chose
-    drop_rate: list[float]  # share of assignments dropped, 0-1; where experts choose, of tokens none took
+    dead: list[int]  # experts without any assignment
+    drop_rate: list[
+        float
+    ]  # share of assignments dropped, 0-1; with expert choice, of tokens that no expert took
     entropy: list[float]  # of the router's probabilities, nats, mean over tokens
     margin: list[float]  # probability of the least chosen minus that of the best other, mean over tokens
     logit_rms: list[float]  # root mean square of the router's logits
 
 
 def health(stats: StepStats, n_tokens: int) -> Health:
-    "Each layer's figures, given the sums over `n_tokens` tokens."
+    "The metrics of each layer, from the sums over `n_tokens` tokens."
     load = stats.counts  # (L, E)
     ratio = load / load.mean(-1, keepdim=True).clamp(min=1e-9)
     lost = 1 - (1 - stats.dropped / load.sum(-1).clamp(min=1)) * (1 - stats.unassigned / n_tokens)
@@ -114,7 +116,7 @@ def by_name(cls, state: dict):
 
 
 class Record(NamedTuple):
-    "One log line; training figures are of the update that led to `step`, None where there was none"
+    "One log line; training metrics belong to the update that led to `step`, and are None if there was none"
 
     step: int  # updates done
     tokens: int = 0  # targets trained on so far
@@ -126,12 +128,12 @@ class Record(NamedTuple):
     entropy: float | None = None  # of the router's probabilities, nats, mean over tokens and layers
     health: Health | None = None  # per layer
     grad_norm: float | None = None  # before clipping
-    lr: float | None = None  # of this update
+    lr: float | None = None  # learning rate of this update
     tok_per_s: float | None = None  # over all processes, since the last record
     mfu: float | None = None  # share of the device's peak, 0-1
     skipped: int = 0  # updates skipped so far because something was not finite
-    spikes: int = 0  # updates so far whose loss leapt far above its recent mean
-    val: dict = {}  # val_ce, val_bpb, … where evaluated, else empty
+    spikes: int = 0  # updates so far whose loss was far above its recent mean
+    val: dict = {}  # val_ce, val_bpb, … if evaluated at this step
     # ce in bits per byte, at the bytes that a token of the training text has on average
     bpb: float | None = None
 
@@ -146,10 +148,10 @@ class Record(NamedTuple):
 
     @classmethod
     def from_state(cls, state: dict) -> 'Record':
-        """The inverse of `state`, also of one that another version wrote.
+        """The inverse of `state`, also for one that another version wrote.
 
-        A field it lacks has its default, one that this version does not have is left out. Raises `TypeError`
-        or `ValueError` for what is no record.
+        A missing field gets its default, an unknown one is ignored. Raises `TypeError` or `ValueError` for
+        anything that is not a record.
         """
         record = by_name(cls, state)
         return record._replace(health=record.health and by_name(Health, record.health))
@@ -164,7 +166,7 @@ class SpikeDetector(NamedTuple):
     spikes: int = 0  # steps so far whose loss was six spreads or more above the mean
 
     def after(self, ce: float) -> 'SpikeDetector':
-        "The level once a step's loss is known; a spike moves it only as far as the largest usual loss would."
+        "The detector after one more loss; a spike moves it only as far as the largest usual loss would."
         spike = self.steps >= 20 and ce > self.mean + 6 * self.spread
         ce = min(ce, self.mean + 6 * self.spread) if spike else ce
         rate = max(0.05, 1 / (self.steps + 1))
@@ -177,9 +179,9 @@ class SpikeDetector(NamedTuple):
 
 # %% ../nbs/38_metrics.ipynb #read-log
 def read_log(path: str | Path) -> list[dict]:
-    """The lines of a log, oldest first, with NaN for what was not finite, which JSON has no word for.
+    """The lines of a log, oldest first, with NaN for what was not finite.
 
-    A last line cut off by a crash is left out, any other bad one with a word on stderr.
+    An unfinished last line is left out, and so is any other bad one, with a message on stderr.
     """
     return Log(Path(path), log_numbers).read()
 
@@ -187,7 +189,7 @@ def read_log(path: str | Path) -> list[dict]:
 def log_numbers(row: dict) -> dict:
     """A line of a run's log, with NaN for None.
 
-    Raises `ValueError` where a figure has another shape than `Record` gives it.
+    Raises `ValueError` if a value has another shape than in a `Record`.
     """
     row = {EARLIER_FIELDS.get(key, key): numbers(value) for key, value in row.items()}
     load, health = row.get('load', []), row.get('health', {})

@@ -220,7 +220,7 @@ def weights_by_part(cfg: ModelConfig, vocab_size: int = 4096) -> dict[str, int]:
 
 
 def total_active(cfg: ModelConfig, vocab_size: int = 4096) -> tuple[int, int]:
-    "Total and active parameters; active are all but the experts that a token is not routed to."
+    "Total and active parameters; active are all except those of experts that a token is not routed to."
     size = weights_by_part(cfg, vocab_size)
     total = sum(size.values())
     return total, total - size['experts'] * (cfg.n_experts - cfg.top_k) // cfg.n_experts * (cfg.n_experts > 1)

@@ -19,22 +19,20 @@ from torch import Tensor
 from .config import BadInput, nearest
 from .files import read_with_checksum, resolve, with_checksum, output_closed
 
-# %% ../nbs/34_tokenizer.ipynb #end
+# %% ../nbs/34_tokenizer.ipynb #pretokenizer
 EOT = '<|endoftext|>'
-
-# %% ../nbs/34_tokenizer.ipynb #train-bpe
 PRETOKENIZER_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 def byte_alphabet() -> dict[str, int]:
-    "The printable character for each byte in a BPE file (GPT-2's table), back to the byte."
+    "The byte behind each printable character of a BPE file (GPT-2's table)."
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(rest)}}
 
-
+# %% ../nbs/34_tokenizer.ipynb #train-bpe
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
-    "Ranks of a byte-level BPE (1508.07909) with `vocab_size` - 1 entries, the last id being left for `EOT`."
+    "Ranks of a byte-level BPE (1508.07909) with `vocab_size` - 1 entries; the last id is reserved for `EOT`."
     from tokenizers import Tokenizer, Regex, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -59,7 +57,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 def tiktoken_encoding(
     name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None
 ):
-    "A `tiktoken.Encoding` of these ranks; without `special` tokens, `EOT` is the id after the last of them."
+    "A `tiktoken.Encoding` of these ranks; unless `special` is given, `EOT` is the id after the last of them."
     import tiktoken
 
     return tiktoken.Encoding(
@@ -68,9 +66,9 @@ def tiktoken_encoding(
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int):
-    """`bpe` and `chars` are learned from the texts, `bytes` from nothing.
+    """The tokenizer `kind`: `bpe` and `chars` are learned from the texts, `bytes` needs none.
 
-    Else a folder's, such as a run's, or one of tiktoken's.
+    Any other `kind` is a folder with a tokenizer, such as a run's, or the name of one of tiktoken's.
     """
     if kind == 'bpe':
         return tiktoken_encoding('bpe', PRETOKENIZER_PATTERN, train_bpe(texts, vocab_size))
@@ -90,9 +88,9 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int):
 
 # %% ../nbs/34_tokenizer.ipynb #characters
 def check_characters(tokenizer, text: str, where: str):
-    """Raise `BadInput` for a character of the text that a vocabulary of characters lacks.
+    """Raise `BadInput` for a character that is missing in a vocabulary of characters.
 
-    The others have all bytes.
+    Other vocabularies contain all bytes.
     """
     if tokenizer.name == 'chars' and (unknown := set(text) - characters_of(tokenizer)):
         raise BadInput(f'the vocabulary has no {min(unknown)!r}, which {where} holds')
@@ -105,7 +103,7 @@ def characters_of(tokenizer) -> set[str]:
 # %% ../nbs/34_tokenizer.ipynb #tokenizer-files
 def save_tokenizer(tokenizer, folder: Path):
     "Write `tokenizer.json`: the tokenizer's pattern, byte sequences by rank and special tokens."
-    words = [None] * (max(tokenizer._mergeable_ranks.values()) + 1)  # p50k_base leaves a rank out
+    words = [None] * (max(tokenizer._mergeable_ranks.values()) + 1)  # p50k_base skips a rank
     for token, rank in tokenizer._mergeable_ranks.items():
         words[rank] = base64.b64encode(token).decode()
     flat = dict(
@@ -119,18 +117,12 @@ def digest_of(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path):
-    """The `tiktoken.Encoding` of a prepared folder or of a run's folder.
-
-    Raises `BadInput` when its file is damaged.
-    """
+    "The `tiktoken.Encoding` of a dataset's or a run's folder; raises `BadInput` if its file is damaged."
     return read_encoding(read_with_checksum(path := Path(folder) / 'tokenizer.json'), path)
 
 
 def read_encoding(flat: dict, path: Path):
-    """The encoding that `save_tokenizer` describes so.
-
-    Raises `BadInput`, naming the file, for what describes none.
-    """
+    "The encoding in a file of `save_tokenizer`; raises `BadInput` with the file's name if there is none."
     try:
         ranks = {base64.b64decode(token): i for i, token in enumerate(flat['ranks']) if token is not None}
         special = flat.get('special', {EOT: len(ranks)})
@@ -144,17 +136,14 @@ def read_encoding(flat: dict, path: Path):
         return restored
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise BadInput(f'{path} holds no tokenizer ({e})') from None
-    except BaseException as e:  # a panic of Rust's
+    except BaseException as e:  # Rust code can panic
         if type(e).__name__ != 'PanicException':
             raise
         raise BadInput(f'{path} holds no tokenizer ({e})') from None
 
 # %% ../nbs/34_tokenizer.ipynb #tiktokens-own
 def tiktokens_own(name: str):
-    """One of the encodings that tiktoken knows.
-
-    Raises `BadInput` for other names, and where it cannot be fetched.
-    """
+    "One of tiktoken's encodings; raises `BadInput` for an unknown name, or if it cannot be downloaded."
     import tiktoken
 
     if name not in tiktoken.list_encoding_names():

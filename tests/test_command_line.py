@@ -22,7 +22,8 @@ from nanomoe.optim import make_optimizer
 from nanomoe.parallel import DistContext
 from nanomoe.tokenizer import make_tokenizer, save_tokenizer
 from nanomoe.command_line import parse, words_first
-from nanomoe.config import BadInput, ModelConfig, TrainConfig, check, from_dict, to_dict
+from nanomoe import config
+from nanomoe.config import BadInput, ModelConfig, TrainConfig, check, check_kinds, from_dict, to_dict
 from nanomoe.presets import PRESETS
 from nanomoe.model import GPT
 
@@ -318,6 +319,37 @@ def test_one_sentence_and_exit_code_2(case, capsys, tmp_path, bad, monkeypatch):
     assert code == 2 and sentence in message
     assert len(message.splitlines()) == 1 and 'Traceback' not in message
     assert not (tmp_path / 'run').exists()
+
+
+def test_names_are_compared_by_parts_and_letters():
+    names = config.field_names()
+    assert config.likeness('n_expert', 'n_experts') > config.likeness('expert', 'n_experts')
+    part = config.likeness('grad_accum', 'gradient_accumulation_steps')
+    assert part == 0.95 > config.likeness('grad_accum', 'grad_clip')
+    assert config.nearest('zzz', names) == ''
+    removed = config.no_option('run_name', names, '--')
+    assert removed == 'there is no option --run_name; a run has the name of its folder, out_dir'
+
+
+def test_kinds_of_values_that_a_file_may_hold():
+    for wrong, sentence in (
+        (dict(top_k=2.0), 'top_k must be an integer, got 2.0'),
+        (dict(balance='sequence'), 'it is called balance_over=sequence now'),
+        (dict(n_embd=2**63), 'n_embd must be below 2**63'),
+    ):
+        with pytest.raises(BadInput) as e:
+            check_kinds(replace(ModelConfig(), **wrong))
+        assert sentence in str(e.value)
+    with pytest.raises(BadInput, match='did you mean n_head'):
+        from_dict({'n_heads': 4})
+
+
+def test_settings_of_earlier_versions_get_their_present_names():
+    old = dict(n_experts=1, gates='chosen', z_weight=0.1, balance='sequence', expert_width=9, run_name=None)
+    now = dict(norm_topk_prob=True, router_z_loss_weight=0.1, balance='switch', balance_over='sequence')
+    now |= dict(n_experts=1, mlp_width=9, expert_width=None)
+    assert config.of_earlier(old) == config.of_earlier(now) == now
+    assert not hasattr(config, 'PRESET')  # PRESETS moved; this name never existed
 
 
 def test_every_broken_rule_is_named_at_once():
@@ -712,6 +744,20 @@ def test_tables_and_flat_files(tmp_path, capsys):
     ):
         code, message = said(train, read(text), capsys)
         assert code == 2 and 'my.toml' in message and sentence in message
+
+
+def test_files_of_options_with_a_mistake(tmp_path, capsys):
+    for name, text, sentence in (
+        ('a.toml', 'top_k = = 2', 'a.toml is not valid toml: '),
+        ('b.json', '[1, 2]', 'b.json must hold one table of options, got a list'),
+        ('c.toml', 'preset = "tinny"', 'does not exist; did you mean tiny?'),
+        ('d.toml', 'preset = ["tiny"]', 'd.toml names the preset ['),
+        ('e.toml', '[train]\npreset = "tiny"', 'e.toml: preset must stand above all tables'),
+        ('f.toml', '[optim]\nbeta1 = 0.9', 'f.toml: there is no table [optim] (tables: [model], [train])'),
+    ):
+        (tmp_path / name).write_text(text)
+        code, message = said(train, [str(tmp_path / name), f'--out_dir={tmp_path}/run'], capsys)
+        assert code == 2 and sentence in message
 
 
 def test_the_example_files(tmp_path, small_run, capsys):

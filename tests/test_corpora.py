@@ -35,7 +35,15 @@ from nanomoe.corpora import (
     numbers_documents,
 )
 from nanomoe.dataset import ShardWriter, TokenDataset, open_shard, mixture_schedule, verify
-from nanomoe.tokenizer import EOT, tiktoken_encoding, load_tokenizer, make_tokenizer, tiktokens_own
+from nanomoe.tokenizer import (
+    EOT,
+    PRETOKENIZER_PATTERN,
+    load_tokenizer,
+    make_tokenizer,
+    save_tokenizer,
+    tiktoken_encoding,
+    tiktokens_own,
+)
 
 
 @pytest.fixture(scope='module')
@@ -121,6 +129,23 @@ def test_tokens_are_those_of_tiktoken_document_by_document(corpus, texts, tmp_pa
             if in_val_split(text) == (split == 'val'):
                 wanted += [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
         assert tokens(tmp_path / 'made', split) == wanted
+
+
+def test_a_vocabulary_that_cannot_be_downloaded_says_where_to_put_it(monkeypatch):
+    def unreachable(name):
+        raise ConnectionError
+
+    monkeypatch.setattr('tiktoken.get_encoding', unreachable)
+    with pytest.raises(BadInput, match='vocab.bpe as .* name that in TIKTOKEN_CACHE_DIR$'):
+        tiktokens_own('gpt2')
+
+
+def test_a_vocabulary_with_an_id_left_out_survives_its_file(tmp_path):
+    "As p50k_base: the special token lies among the others."
+    ranks = {bytes([i]): i + (i >= 7) for i in range(256)}
+    save_tokenizer(tiktoken_encoding('gap', PRETOKENIZER_PATTERN, ranks, {EOT: 7}), tmp_path)
+    gap = load_tokenizer(tmp_path)
+    assert gap.encode('a\x07') == [98, 8] and gap.eot_token == 7
 
 
 def test_gpt2s_vocabulary_without_a_network(corpus, texts, tmp_path, gpt2_vocabulary):

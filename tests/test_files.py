@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 
 from nanomoe import checkpoint, data, pretrained, sample, train
 from nanomoe.corpora import numbers_documents
-from nanomoe.metrics import read_log
+from nanomoe.metrics import log_numbers, read_log
 from nanomoe.tokenizer import load_tokenizer
 from nanomoe.command_line import one_sentence, parse
 from nanomoe.config import BadInput, ModelConfig, check, field_names, from_dict
 from nanomoe.presets import PRESETS
 from nanomoe.dataset import TokenDataset, all_sequences, batch_at, target_domains, verify
-from nanomoe.files import Lines, cut_log, read_with_checksum, with_checksum, sha256
+from nanomoe.files import Lines, Log, cut_log, log_lines, read_with_checksum, sha256, with_checksum
 from nanomoe.model import GPT
 
 HERE = Path(__file__).parent
@@ -493,6 +493,30 @@ def test_a_log_is_json_whatever_the_loss_is(tmp_path):
     whole = (tmp_path / 'log.jsonl').read_text()
     cut_log(tmp_path / 'log.jsonl', 1)
     assert (tmp_path / 'log.jsonl').read_text() == whole.splitlines(True)[0]
+
+
+def test_damaged_lines_of_a_log_are_left_out_by_number(tmp_path, capsys):
+    path = tmp_path / 'log.jsonl'
+    path.write_bytes(b'{"step": 1}\n\x80\n{"step": 2}\nnonsense\n{"step": 3}\n{"st')
+    assert [row for _, row in log_lines(path)] == [{'step': 1}, {'step': 2}, {'step': 3}]
+    said = capsys.readouterr().err
+    assert 'line 2 cannot be read' in said and 'line 4 cannot be read' in said
+    cut_log(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and not [*tmp_path.glob('.tmp-*')]
+    assert read_log(tmp_path / 'nothing') == []
+
+
+def test_a_log_that_was_cut_and_has_grown_is_read_from_its_beginning(tmp_path, capsys):
+    path = tmp_path / 'log.jsonl'
+    path.write_text(''.join(f'{{"step": {s}}}\n' for s in (1, 2, 3, 4)))
+    log = Log(path, log_numbers)
+    log.rows, log.at = [{'step': 9}], 5  # in the middle of a line of the new file
+    assert [row['step'] for row in log.read()] == [1, 2, 3, 4]
+    with open(path, 'a') as f:
+        f.write('{"step": 5, "ce": null}\n{"step": 6, "ce": "low"}\n')
+        f.write('{"step": 7, "load": [[1, 2], [3]]}\nnonsense\n{"step": 8}\n')
+    assert [row['step'] for row in log.read()] == [1, 2, 3, 4, 5, 8]
+    assert capsys.readouterr().err.count('cannot be read') == 3
 
 
 def test_steps_of_nine_digits_names_that_lie_and_files_of_the_user(tmp_path):
