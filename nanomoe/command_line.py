@@ -372,7 +372,7 @@ shakespeare_gpt2, openwebtext, fineweb-edu, fineweb10B-gpt2), a file, a folder,
 or a dataset of the Hugging Face hub.""",
         'prepare text as a dataset folder',
         """
-  python -m nanomoe.data onboard                # text of this machine, ~8 MB
+  python -m nanomoe.data onboard                # text already on this machine, ~8 MB
   python -m nanomoe.data notes/ book.txt --out data/mine
   python -m nanomoe.data 'crawl/*.parquet' code/ --weights 7,3 --out data/mix
   python -m nanomoe.data roneneldan/TinyStories --tokenizer gpt2

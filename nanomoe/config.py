@@ -16,7 +16,7 @@ from typing import Literal
 # %% ../nbs/30_config.ipynb #model-config
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the network is made of, and how its losses are formed
+    """Architecture, routing and auxiliary losses
 
     >>> nanomoe.ModelConfig(n_experts=64, top_k=8).top_k
     8
@@ -28,21 +28,21 @@ class ModelConfig:
     n_head: int = 4  # H: attention heads; n_embd must be a multiple of it
     n_kv_head: int | None = None  # key and value heads, shared by groups of query heads; None is n_head
     n_embd: int = 128  # C: width of the residual stream
-    # one learned vector per position as in GPT-2, or rotated queries and keys
+    # learned: one vector per position, as in GPT-2; rotary: rotary position embeddings
     positions: Literal['learned', 'rotary'] = 'learned'
     qk_norm: bool = False  # RMS norm of each query and key, which keeps attention scores from growing
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # rmsnorm neither centers nor has a bias
     # probability of zeroing an activation in training; 0 for pretraining, 0.1 and up for finetuning
     dropout: float = 0.0
     bias: bool = False  # biases in linear layers, experts and layer norms, as in GPT-2
-    # gelu_tanh as in GPT-2; swiglu has a third matrix
+    # gelu_tanh is GPT-2's; swiglu gates the hidden layer by a third matrix
     activation: Literal['gelu', 'gelu_tanh', 'swiglu'] = 'gelu'
     mlp_width: int | None = None  # hidden width of the dense MLPs; None is 4 * n_embd
     n_experts: int = 8  # E: experts per MoE layer; 1 is a dense GPT
     top_k: int = 2  # K: experts per token
     moe_every: int = 2  # layers 0, n, 2n, … have experts, the others a dense MLP
-    expert_width: int | None = None  # F: hidden width of one expert; None is that of the dense MLPs
-    # experts that every token goes through besides its K, as one MLP of their joint width
+    expert_width: int | None = None  # F: hidden width of each expert; None is the same as mlp_width
+    # shared experts: every token uses them in addition to its K; one MLP of their combined width
     n_shared_experts: int = 0
     # how experts are scored and chosen
     router: Literal['softmax', 'noisy', 'sigmoid', 'expert_choice', 'hash'] = 'softmax'
@@ -60,7 +60,7 @@ class ModelConfig:
     # tokens whose load is balanced together; global is the whole step over all processes, which costs one
     # more forward pass where micro-batches are accumulated
     balance_over: Literal['micro_batch', 'sequence', 'global'] = 'micro_batch'
-    bias_rate: float = 0.001  # step of the expert bias with balance='bias', which adds no loss
+    bias_rate: float = 0.001  # update step of the per-expert bias; only for balance=bias, which adds no loss
     aux_loss_weight: float = 0.01  # weight of the load-balancing loss, summed over layers
     router_z_loss_weight: float = 0.001  # weight of the router z-loss, summed over layers
     init: Literal['gpt2', 'switch'] = 'gpt2'  # switch: truncated normal scaled by fan-in, as in nanoMoE
@@ -83,13 +83,13 @@ class ModelConfig:
 # %% ../nbs/30_config.ipynb #train-config
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run: its data, its schedule, its machine
+    """Data, schedule and hardware of a run
 
     >>> nanomoe.TrainConfig(max_iters=100).max_iters
     100
     """
 
-    out_dir: str = 'out/run'  # folder of the run; a run that is already in it is resumed
+    out_dir: str = 'out/run'  # run folder; if it already holds a run, that run is resumed
     dataset: str = 'onboard'  # prepared folder, by path or by its name under data/
     # scratch, a run's folder, gpt2 to gpt2-xl, a Hugging Face model folder, or a ckpt.pt
     init_from: str = 'scratch'
@@ -105,16 +105,16 @@ class TrainConfig:
     router_lr: float = 1.0  # learning rate of the routers, as a multiple of the others'
     embed_lr: float = 1.0  # learning rate of the embeddings, as a multiple
     expert_lr: float = 1.0  # learning rate of the experts' matrices, as a multiple
-    weight_decay: float = 0.1  # on every matrix, not on biases and norms
+    weight_decay: float = 0.1  # weight decay of matrices; biases and norms are not decayed
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
-    grad_clip: float = 1.0  # largest global gradient norm; 0 does not clip
+    grad_clip: float = 1.0  # clip gradients to this global norm; 0 disables clipping
     eval_interval: int = 100  # steps between evaluations
     eval_iters: int = 16  # micro-batches per evaluation, always the same ones
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # steps between log lines
     checkpoint_interval: int = 100  # steps between checkpoints
-    keep_checkpoints: int = 2  # how many of the newest are kept, beside the best
+    keep_checkpoints: int = 2  # number of recent checkpoints to keep, in addition to the best one
     # options that may differ from the checkpoint when resuming, such as top_k,balance
     allow_changed: str | None = None
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
@@ -122,10 +122,10 @@ class TrainConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
     backend: str = 'auto'  # torch.distributed backend; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere
-    deterministic: bool = False  # bitwise-reproducible runs on CUDA, with slower algorithms; a CPU needs none
+    deterministic: bool = False  # make CUDA runs bitwise reproducible, with slower algorithms; CPU runs always are
     hang_timeout: int = 600  # seconds without progress after which all processes exit; 0 waits forever
     seed: int = 1337  # random seed of weights, batches, dropout and noise
-    tracker: Literal['none', 'wandb'] = 'none'  # where the log goes besides log.jsonl
+    tracker: Literal['none', 'wandb'] = 'none'  # additional experiment tracker; log.jsonl is always written
 
 # %% ../nbs/30_config.ipynb #bad-input
 class BadInput(ValueError):

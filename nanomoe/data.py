@@ -563,9 +563,9 @@ class Prepare:
     # bpe, bytes, chars, a tiktoken name such as gpt2, or a run's folder, to reuse its tokenizer
     tokenizer: str | None = None
     vocab_size: int | None = None  # size of a bpe vocabulary; None is 4096
-    text_column: str = 'text'  # column of a table that holds the text
+    text_column: str = 'text'  # column that contains the text, in tables and Hub datasets
     domain_column: str | None = None  # column with each row's domain; None is the source's name
-    endings: str | None = None  # file endings to read from folders, such as .rst,.c; None is all known
+    endings: str | None = None  # file extensions to read from folders, such as .rst,.c; None is all supported ones
     # how to treat files that are not UTF-8: stop, insert U+FFFD, or skip the file
     errors: Literal['strict', 'replace', 'skip'] = 'strict'
     subset: str | None = None  # configuration of a hub dataset, such as sample-100BT

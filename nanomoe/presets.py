@@ -180,13 +180,13 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
 PRESET_NOTES = {
     'tiny': 'arithmetic, in ten seconds',
     'onboard': 'minutes on 2 CPU cores: what make train runs',
-    'onboard_modern': 'as long, in parts that transformers has too',
+    'onboard_modern': 'like onboard, from the components of Qwen3-MoE, for export',
     'nano_moe': "nanoMoE's published run",
     'nano_moe_dense': 'the same without experts',
-    'modern': 'the same FLOPs in 64 experts, as Qwen3-MoE',
+    'modern': 'the FLOPs of nano_moe in 64 experts, in the style of Qwen3-MoE',
     'gpt2': "nanoGPT's GPT-2, from scratch",
     'shakespeare': 'experts on Tiny Shakespeare',
-    'shakespeare_char': "nanoGPT's dense model of characters",
+    'shakespeare_char': "nanoGPT's dense character-level model",
     **{f'eval_{name.replace("-", "_")}': f"validation loss of OpenAI's {name}" for name in GPT2_SIZES},
     'finetune_shakespeare': "nanoGPT's finetuning of GPT-2 XL",
 }
