@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_room', 'write_tensors', 'steps', 'step_of', 'set_aside', 'save', 'Checkpoint', 'load', 'load_latest', 'sweep',
-           'Saver', 'optimizer_tensors', 'load_optimizer', 'with_weights', 'fill', 'check_fit', 'evaluations',
+           'optimizer_tensors', 'load_optimizer', 'with_weights', 'fill', 'check_fit', 'Saver', 'evaluations',
            'best_step', 'is_run', 'check_folder', 'lock_run']
 
 # %% ../nbs/39_checkpoint.ipynb #imports
@@ -33,12 +33,12 @@ def check_room(root: Path, size: int):
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]):
-    "One .safetensors file, on disk when this returns."
+    "Write one .safetensors file; it is on disk when this returns."
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     except SafetensorError as e:
-        raise OSError(str(e)) from e  # a full disk arrives as this
-    path.chmod(path.parent.stat().st_mode & 0o666)  # whoever may read the folder may read it
+        raise OSError(str(e)) from e  # a full disk raises this
+    path.chmod(path.parent.stat().st_mode & 0o666)  # readable for everyone who may read the folder
     fsync(path)
 
 
@@ -59,9 +59,7 @@ def step_of(path: Path) -> int:
 
 
 def set_aside(folder: Path):
-    """Make way for a checkpoint of the same step: remove a damaged one, and rename it where it holds files
-    that are not ours.
-    """
+    "Make way for a checkpoint of the same step: remove the folder, or rename it if it holds other files."
     if all(path.suffix == '.safetensors' or path.name == 'meta.json' for path in folder.iterdir()):
         shutil.rmtree(folder)
     else:
@@ -82,11 +80,11 @@ def save(
     keep: int = 2,
     best: int | None = None,
 ) -> Path:
-    """Write `step-NNNNNNNN/`, a .safetensors per entry of `tensors` and a meta.json with their digests.
+    """Write `step-NNNNNNNN/`: a .safetensors per entry of `tensors`, and a meta.json with their checksums.
 
-    Everything is written and synced under a temporary name, renamed at once, and only then are all but the
-    newest `keep` and the `best` step removed: a crash at any moment leaves the older checkpoints as they
-    were. Returns the folder; raises `OSError` when it cannot be written.
+    Everything is written and synced under a temporary name and then renamed. Only after that, all but the
+    newest `keep` and the `best` step are removed, so a crash at any moment leaves a complete checkpoint.
+    Returns the folder; raises `OSError` if it cannot be written.
     """
     root = Path(root)
     draft, final = root / f'.tmp-{step}-{os.getpid()}', root / f'step-{step:08d}'
@@ -113,7 +111,7 @@ def save(
 
 # %% ../nbs/39_checkpoint.ipynb #load
 class Checkpoint(NamedTuple):
-    "What one folder holds"
+    "The content of one folder"
 
     path: Path
     step: int
@@ -122,7 +120,7 @@ class Checkpoint(NamedTuple):
 
 
 def load(path: Path) -> Checkpoint:
-    "Read one folder; raises `ValueError` when a file is missing or is not what was written."
+    "Read one folder; raises `ValueError` if a file is missing or is not what was written."
     meta = read_with_checksum(path / 'meta.json')
     try:
         for name, digest in meta['sha256'].items():
@@ -149,7 +147,7 @@ def load_latest(root: str | Path) -> Checkpoint | None:
 
 # %% ../nbs/39_checkpoint.ipynb #sweep
 def sweep(root: str | Path):
-    "Remove what an interrupted save left behind, and nothing else of such a name."
+    "Remove what an interrupted save left behind, and nothing else with such a name."
     for path in Path(root).glob('.tmp-*'):
         if path.is_dir() and re.fullmatch(r'\.tmp-\d+-\d+', path.name):
             shutil.rmtree(path)
@@ -160,6 +158,64 @@ def sweep(root: str | Path):
             'samples.jsonl',
         ):
             path.unlink()
+
+# %% ../nbs/39_checkpoint.ipynb #optimizer
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    "The state as flat tensors, `parameter|entry`; `names` are the parameters', in the optimizer's order."
+    return {
+        f'{names[i]}|{entry}': value
+        for i, state in optimizer.state_dict()['state'].items()
+        for entry, value in state.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]):
+    "The inverse of `optimizer_tensors`; raises `ValueError` for an unknown parameter or another shape."
+    state, params = {}, [p for group in optimizer.param_groups for p in group['params']]
+    for key, value in tensors.items():
+        name, entry = key.split('|')
+        i = names.index(name)
+        if value.dim() and value.shape != params[i].shape:
+            raise ValueError(f'{key} has shape {tuple(value.shape)}')
+        state.setdefault(i, {})[entry] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
+
+# %% ../nbs/39_checkpoint.ipynb #fill
+def with_weights(cfg: ModelConfig, tensors: dict[str, Tensor]) -> GPT:
+    "A model with these weights; raises `BadInput` before it is built if they do not fit the configuration."
+    if cfg.n_layer > len(tensors):
+        raise BadInput(f'the weights must be of n_layer={cfg.n_layer} layers, got {len(tensors)} arrays')
+    with torch.device('meta'):
+        check_fit(GPT(cfg), tensors)
+    for name, t in tensors.items():
+        if (
+            t.layout != torch.strided
+            or t.is_quantized
+            or t.is_meta
+            or t.untyped_storage().nbytes() < t.nbytes
+        ):
+            raise BadInput(f'the weight {name} is no plain array of numbers')
+    return fill(GPT(cfg), tensors)
+
+
+def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
+    "Load every weight; raises `BadInput` with the name of the first that does not fit."
+    check_fit(model, tensors)
+    model.load_state_dict(tensors)
+    return model
+
+
+def check_fit(model: GPT, tensors: dict[str, Tensor]):
+    "Raise `BadInput` unless these are the weights of the model: every name and every shape."
+    state = model.state_dict()
+    for name in sorted(state.keys() ^ tensors.keys()):
+        have, does = ('lack', 'needs') if name in state else ('hold', 'does not have')
+        raise BadInput(f'the weights {have} {name}, which the configuration {does}')
+    for name, tensor in tensors.items():
+        if state[name].shape != tensor.shape:
+            raise BadInput(
+                f'the weight {name} must have shape {tuple(state[name].shape)}, got {tuple(tensor.shape)}'
+            )
 
 # %% ../nbs/39_checkpoint.ipynb #saver
 class Saver:
@@ -178,7 +234,7 @@ class Saver:
         keep: int = 2,
         best: int | None = None,
     ):
-        "Copy the tensors and return; raises `OSError` where the one before could not be written."
+        "Copy the tensors and return; raises `OSError` if the previous save failed."
         self.wait()
         copies = {
             group: {name: t.detach().to('cpu', copy=True) for name, t in members.items()}
@@ -187,76 +243,10 @@ class Saver:
         self.writing = self.thread.submit(save, root, step, copies, meta, keep, best)
 
     def wait(self):
-        "Until what was begun is on disk; raises `OSError` where it could not be written."
+        "Wait until the last save is on disk; raises `OSError` if it failed."
         last_write, self.writing = self.writing, Future()
         self.writing.set_result(None)
         last_write.result()
-
-# %% ../nbs/39_checkpoint.ipynb #optimizer
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    "Its state as flat tensors, `parameter|entry`; `names` are the parameters' in the optimizer's order."
-    return {
-        f'{names[i]}|{entry}': value
-        for i, state in optimizer.state_dict()['state'].items()
-        for entry, value in state.items()
-    }
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]):
-    """The inverse of `optimizer_tensors`.
-
-    Raises `ValueError` for a parameter or a shape that the optimizer has not.
-    """
-    state, params = {}, [p for group in optimizer.param_groups for p in group['params']]
-    for key, value in tensors.items():
-        name, entry = key.split('|')
-        i = names.index(name)
-        if value.dim() and value.shape != params[i].shape:
-            raise ValueError(f'{key} has shape {tuple(value.shape)}')
-        state.setdefault(i, {})[entry] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
-
-# %% ../nbs/39_checkpoint.ipynb #fill
-def with_weights(cfg: ModelConfig, tensors: dict[str, Tensor]) -> GPT:
-    """A model of this shape with these weights.
-
-    Raises `BadInput` naming the first that does not fit, before it is made.
-    """
-    if cfg.n_layer > len(tensors):
-        raise BadInput(f'the weights must be of n_layer={cfg.n_layer} layers, got {len(tensors)} arrays')
-    with torch.device('meta'):
-        check_fit(GPT(cfg), tensors)
-    for name, t in tensors.items():
-        if (
-            t.layout != torch.strided
-            or t.is_quantized
-            or t.is_meta
-            or t.untyped_storage().nbytes() < t.nbytes
-        ):
-            raise BadInput(f'the weight {name} is no plain array of numbers')
-    return fill(GPT(cfg), tensors)
-
-
-def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
-    "Load every weight; raises `BadInput` naming the first that does not fit."
-    check_fit(model, tensors)
-    model.load_state_dict(tensors)
-    return model
-
-
-def check_fit(model: GPT, tensors: dict[str, Tensor]):
-    """Raise `BadInput` unless these are the weights of the model: every name, every shape, and all numbers
-    really there.
-    """
-    state = model.state_dict()
-    for name in sorted(state.keys() ^ tensors.keys()):
-        have, does = ('lack', 'needs') if name in state else ('hold', 'does not have')
-        raise BadInput(f'the weights {have} {name}, which the configuration {does}')
-    for name, tensor in tensors.items():
-        if state[name].shape != tensor.shape:
-            raise BadInput(
-                f'the weight {name} must have shape {tuple(state[name].shape)}, got {tuple(tensor.shape)}'
-            )
 
 # %% ../nbs/39_checkpoint.ipynb #lines-file
 def evaluations(rows: list[dict]) -> list[dict]:
@@ -265,19 +255,15 @@ def evaluations(rows: list[dict]) -> list[dict]:
 
 
 def best_step(folder: Path, rows: list[dict]) -> int | None:
-    """The step of the checkpoint with the lowest validation loss in `rows`, on as many
-    batches as are usual now.
-    """
-    usual = min((row['val_tokens'] for row in rows[-2:]), default=0)  # the last may be on the whole text
+    "The saved step with the lowest validation loss in `rows`, among evaluations of the usual size."
+    usual = min((row['val_tokens'] for row in rows[-2:]), default=0)  # the last may cover the whole text
     saved_steps = {*map(step_of, steps(folder))}
     rows = [row for row in rows if row['val_tokens'] == usual and row['step'] in saved_steps]
     return min(rows, key=lambda row: row['val_ce'])['step'] if rows else None
 
 # %% ../nbs/39_checkpoint.ipynb #run-folder
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of ours: by its lock, or by its settings, which a copy without dot files
-    has too.
-    """
+    "Whether a folder holds a run of ours, by its lock or, in a copy without dot files, by its settings."
     if (folder / '.lock').exists():
         return True
     for path, pick in [
@@ -297,9 +283,7 @@ def is_run(folder: Path) -> bool:
 
 
 def check_folder(folder: Path):
-    """Raise `BadInput` unless a run can be written into the folder, which must not hold the files of another
-    program.
-    """
+    "Raise `BadInput` if the folder cannot be written, or holds the files of another program."
     if not str(folder).isprintable() or len(os.fsencode(folder)) > 1000:
         raise BadInput(
             f'out_dir must be a name of at most 1,000 bytes that can be printed, got {str(folder)[:200]!a}'
@@ -319,9 +303,7 @@ def check_folder(folder: Path):
 
 # %% ../nbs/39_checkpoint.ipynb #lock-run
 def lock_run(folder: Path):
-    """Keep others, also of this process, from writing a run into the folder until the returned file is closed
-    or the process ends.
-    """
+    "Lock a run's folder, also within this process, until the returned file is closed or the process ends."
     lock = open(folder / '.lock', 'a')
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -339,4 +321,4 @@ def lock_run(folder: Path):
     return lock
 
 
-__getattr__ = moved('files', 'metrics')  # for names imported from here before
+__getattr__ = moved('files', 'metrics')  # for names that were here before
