@@ -57,8 +57,8 @@ class ModelConfig:
     # which tokens win when an expert is full: by choice rank, position or gate
     priority: Literal['choice', 'token', 'gate'] = 'choice'
     balance: Literal['none', 'switch', 'nano_moe', 'bias'] = 'switch'  # load-balancing method
-    # tokens whose load is balanced together; global is the whole step over all processes, which costs one
-    # more forward pass where micro-batches are accumulated
+    # which tokens are balanced together; global is the whole step over all processes, which costs one more
+    # forward pass with gradient accumulation
     balance_over: Literal['micro_batch', 'sequence', 'global'] = 'micro_batch'
     bias_rate: float = 0.001  # update step of the per-expert bias; only for balance=bias, which adds no loss
     aux_loss_weight: float = 0.01  # weight of the load-balancing loss, summed over layers
@@ -122,7 +122,9 @@ class TrainConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
     backend: str = 'auto'  # torch.distributed backend; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere
-    deterministic: bool = False  # make CUDA runs bitwise reproducible, with slower algorithms; CPU runs always are
+    deterministic: bool = (
+        False  # make CUDA runs bitwise reproducible, with slower algorithms; CPU runs always are
+    )
     hang_timeout: int = 600  # seconds without progress after which all processes exit; 0 waits forever
     seed: int = 1337  # random seed of weights, batches, dropout and noise
     tracker: Literal['none', 'wandb'] = 'none'  # additional experiment tracker; log.jsonl is always written

@@ -565,7 +565,9 @@ class Prepare:
     vocab_size: int | None = None  # size of a bpe vocabulary; None is 4096
     text_column: str = 'text'  # column that contains the text, in tables and Hub datasets
     domain_column: str | None = None  # column with each row's domain; None is the source's name
-    endings: str | None = None  # file extensions to read from folders, such as .rst,.c; None is all supported ones
+    endings: str | None = (
+        None  # file extensions to read from folders, such as .rst,.c; None is all supported ones
+    )
     # how to treat files that are not UTF-8: stop, insert U+FFFD, or skip the file
     errors: Literal['strict', 'replace', 'skip'] = 'strict'
     subset: str | None = None  # configuration of a hub dataset, such as sample-100BT

@@ -201,9 +201,8 @@ class Sampling:
     domains: bool = False  # continue the beginning of each domain's validation text
     num_samples: int = 1  # texts to generate
     max_new_tokens: int = 200  # tokens per text
-    stop: tuple[
-        str, ...
-    ] = ()  # end a text before one of these; \n is a line break, <|endoftext|> a document's end
+    # end a text before any of these strings; \n is a line break, <|endoftext|> the end of a document
+    stop: tuple[str, ...] = ()
     temperature: float = 0.8  # below 1 sharpens the distribution, 0 is greedy decoding
     top_k: int | None = 200  # sample from the k most likely tokens; None is all
     top_p: float = 1.0  # sample from the most likely tokens that together have this probability
