@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Bench', 'make_layer', 'has_transformers', 'mixtral_block', 'original', 'original_layer', 'make_pass', 'make_model',
-           'mixtral_model', 'original_model', 'make_step', 'interleaved', 'neighbor_ratio', 'prepare_process',
+           'make_step', 'mixtral_model', 'original_model', 'interleaved', 'neighbor_ratio', 'prepare_process',
            'machine', 'resident', 'measure_peak', 'peak_memory', 'report', 'layer', 'step', 'scale', 'make_writer',
            'write', 'RandomShards', 'as_nanogpt', 'data', 'table', 'check_bench', 'heading', 'main']
 
@@ -53,11 +53,11 @@ class Bench:
 
 # %% ../nbs/43_bench.ipynb #make-layer
 def make_layer(name: str, b: Bench) -> torch.nn.Module:
-    """A case: `moe`, dropless; `capacity`, with room for 1.25 even shares; `dense`, a dense MLP of width K·F.
+    """The layer of a case: `moe`, dropless; `capacity`, with capacity factor 1.25; `dense`, K·F wide.
 
-    `routing` is `moe` with experts that return what they get: all but the matrix products. `moe swiglu` and
-    `dense swiglu` have gated experts, as Mixtral's block from `transformers` has them. `original` is
-    nanoMoE's layer.
+    `routing` is `moe` with experts that return their input: everything but the matrix products. `moe swiglu`
+    and `dense swiglu` have gated experts, like Mixtral's block in `transformers`. `original` is nanoMoE's
+    layer.
     """
     torch.manual_seed(0)
     kind, _, variant = name.partition(' ')
@@ -91,7 +91,7 @@ def has_transformers() -> bool:
 
 
 def mixtral_block(implementation: str, b: Bench) -> torch.nn.Module:
-    "Hugging Face's block of this shape, run its `eager` way or by `grouped_mm`."
+    "Hugging Face's block of this shape; its experts run in a loop (`eager`) or by `grouped_mm`."
     from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
     cfg = MixtralConfig(
@@ -105,7 +105,7 @@ def mixtral_block(implementation: str, b: Bench) -> torch.nn.Module:
 
 
 def original(b: Bench):
-    "The module `model` of the user's clone of nanoMoE; raises `BadInput` when it is not there."
+    "The module `model` of the user's clone of nanoMoE; raises `BadInput` if there is none."
     folder = Path(b.against).expanduser().resolve()
     if not all((folder / name).is_file() for name in ('model.py', 'manager.py')):
         raise BadInput(
@@ -117,7 +117,7 @@ def original(b: Bench):
 
 
 def original_layer(b: Bench) -> torch.nn.Module:
-    "Its MoE layer, whose experts are always 4·C wide."
+    "nanoMoE's MoE layer, whose experts are always 4·C wide."
     if b.expert_width != 4 * b.n_embd:
         raise BadInput(
             f'expert_width must be 4 * n_embd = {4 * b.n_embd} with --against, got {b.expert_width}'
@@ -156,11 +156,10 @@ def make_pass(name: str, b: Bench) -> Callable[[], None]:
 
 # %% ../nbs/43_bench.ipynb #make-model
 def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
-    """A case of `step`: the preset's `moe`, the same `dropless`, its `dense` of equal active FLOPs, nanoMoE's
-    `original`.
+    """The model of a case of `step`: `moe` is the preset, `dropless` the preset without expert capacity.
 
-    `modern` is the preset with the parts that `Mixtral` from `transformers` has: every layer sparse, gated
-    experts, rotary positions, RMS norms.
+    `dense` has equal active FLOPs, `original` is nanoMoE's model. `modern` is the preset with the parts that
+    `Mixtral` in `transformers` has: every layer sparse, gated experts, rotary positions, RMS norms.
     """
     torch.manual_seed(0)
     kind, _, variant = name.partition(' ')
@@ -178,50 +177,6 @@ def make_model(name: str, b: Bench) -> tuple[torch.nn.Module, ModelConfig]:
         for i in moe_layers(cfg):
             model.h[i].mlp = MLP(cfg, cfg.top_k * cfg.d_expert)
     return model, cfg
-
-# %% ../nbs/43_bench.ipynb #other-models
-def mixtral_model(implementation: str, cfg: ModelConfig) -> torch.nn.Module:
-    "A Mixtral of this shape."
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=cfg.vocab_size,
-            hidden_size=cfg.n_embd,
-            intermediate_size=cfg.d_expert,
-            num_hidden_layers=cfg.n_layer,
-            num_attention_heads=cfg.n_head,
-            num_key_value_heads=cfg.n_head,
-            num_local_experts=cfg.n_experts,
-            num_experts_per_tok=cfg.top_k,
-            tie_word_embeddings=True,
-            max_position_embeddings=cfg.block_size,
-            use_cache=False,
-            output_router_logits=True,
-            experts_implementation=implementation,
-        )
-    )
-
-
-def original_model(b: Bench, cfg: ModelConfig) -> torch.nn.Module:
-    "nanoMoE's own model of the preset; raises `BadInput` for one with parts that it has not."
-    if cfg.positions != 'learned' or cfg.d_expert != 4 * cfg.n_embd:
-        raise BadInput(
-            f'preset {b.preset} has parts that nanoMoE has not; with --against take nano_moe or tiny'
-        )
-    theirs, same = original(b), ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'top_k')
-    with redirect_stdout(io.StringIO()):  # it prints its size
-        return theirs.GPT(
-            theirs.GPTConfig(
-                **{name: getattr(cfg, name) for name in same},
-                n_exp=cfg.n_experts,
-                stride=cfg.moe_every,
-                use_aux_loss=True,
-                use_router_z_loss=True,
-                use_switch_tfm_init=True,
-                router_use_full_prec=True,
-            )
-        )
 
 # %% ../nbs/43_bench.ipynb #make-step
 def make_step(name: str, b: Bench) -> Callable[[], None]:
@@ -259,9 +214,53 @@ def make_step(name: str, b: Bench) -> Callable[[], None]:
 
     return one_step
 
+# %% ../nbs/43_bench.ipynb #other-models
+def mixtral_model(implementation: str, cfg: ModelConfig) -> torch.nn.Module:
+    "A Mixtral of this shape."
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=cfg.vocab_size,
+            hidden_size=cfg.n_embd,
+            intermediate_size=cfg.d_expert,
+            num_hidden_layers=cfg.n_layer,
+            num_attention_heads=cfg.n_head,
+            num_key_value_heads=cfg.n_head,
+            num_local_experts=cfg.n_experts,
+            num_experts_per_tok=cfg.top_k,
+            tie_word_embeddings=True,
+            max_position_embeddings=cfg.block_size,
+            use_cache=False,
+            output_router_logits=True,
+            experts_implementation=implementation,
+        )
+    )
+
+
+def original_model(b: Bench, cfg: ModelConfig) -> torch.nn.Module:
+    "nanoMoE's own model of the preset; raises `BadInput` for a preset with parts that nanoMoE lacks."
+    if cfg.positions != 'learned' or cfg.d_expert != 4 * cfg.n_embd:
+        raise BadInput(
+            f'preset {b.preset} has parts that nanoMoE has not; with --against take nano_moe or tiny'
+        )
+    theirs, same = original(b), ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'top_k')
+    with redirect_stdout(io.StringIO()):  # it prints its size
+        return theirs.GPT(
+            theirs.GPTConfig(
+                **{name: getattr(cfg, name) for name in same},
+                n_exp=cfg.n_experts,
+                stride=cfg.moe_every,
+                use_aux_loss=True,
+                use_router_z_loss=True,
+                use_switch_tfm_init=True,
+                router_use_full_prec=True,
+            )
+        )
+
 # %% ../nbs/43_bench.ipynb #interleaved
 def interleaved(passes: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    "Seconds of each pass, the cases taking turns, so that a busy moment of the machine touches all of them."
+    "Seconds of each pass. The cases take turns, so that a busy moment of the machine slows all of them."
     times = {name: [] for name in passes}
     for name in passes:
         passes[name]()  # warm-up
@@ -274,7 +273,7 @@ def interleaved(passes: dict[str, Callable[[], None]], repeats: int) -> dict[str
 
 
 def neighbor_ratio(times: list[float], base: list[float]) -> float:
-    "Median over the rounds of time / base: the two passes of one round met the same machine."
+    "Median over the rounds of time / base: the two passes of one round ran under the same conditions."
     return statistics.median(t / b for t, b in zip(times, base))
 
 # %% ../nbs/43_bench.ipynb #prepare
@@ -287,7 +286,7 @@ def prepare_process(b: Bench):
 
 
 def machine(b: Bench) -> dict:
-    "What the figures depend on."
+    "Everything about the machine that the results depend on."
     device = find_device(b.device)
     name = (
         torch.cuda.get_device_name(device)
@@ -307,7 +306,7 @@ def machine(b: Bench) -> dict:
 
 # %% ../nbs/43_bench.ipynb #resident
 def resident(field: str) -> int:
-    "Bytes of memory this process holds now (`VmRSS`) or has held at most (`VmHWM`), by Linux's account."
+    "Bytes of memory this process holds now (`VmRSS`) or at its peak (`VmHWM`), as Linux reports them."
     lines = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 
@@ -318,7 +317,9 @@ def measure_peak(name: str, b: Bench, make: Callable) -> int:
     prepare_process(b)
     run = make(name, b)
     if device.type == 'cuda':
-        torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # cuBLAS's workspace is nobody's
+        torch.ones(8, 8, device=device) @ torch.ones(
+            8, 8, device=device
+        )  # allocate cuBLAS's workspace before
         torch.cuda.reset_peak_memory_stats(device)
         base = torch.cuda.memory_allocated(device)
     else:
@@ -329,7 +330,7 @@ def measure_peak(name: str, b: Bench, make: Callable) -> int:
 
 
 def peak_memory(name: str, b: Bench, make: Callable = make_pass) -> float:
-    "Bytes that one pass adds at its peak; not a number unless on CUDA or Linux's CPU."
+    "Bytes that one pass adds at its peak; NaN except on CUDA and on a CPU under Linux."
     device = find_device(b.device).type
     if device == 'cuda':
         return measure_peak(name, b, make)  # its allocator counts exactly
@@ -340,8 +341,8 @@ def peak_memory(name: str, b: Bench, make: Callable = make_pass) -> float:
 
 # %% ../nbs/43_bench.ipynb #report
 def report(cases: dict[str, tuple[str, str]], make: Callable, b: Bench) -> list[dict]:
-    "Median milliseconds and peak memory of each case, and its ratio to the two it is to be compared with."
-    # first: this process holds nothing yet
+    "Median milliseconds and peak memory of each case, and its time relative to its dense and MoE baselines."
+    # first, while this process holds little memory
     peaks = {name: peak_memory(name, b, make) / 2**30 for name in cases}
     times = interleaved({name: make(name, b) for name in cases}, b.repeats)
     return [
@@ -357,7 +358,7 @@ def report(cases: dict[str, tuple[str, str]], make: Callable, b: Bench) -> list[
 
 
 def layer(b: Bench) -> list[dict]:
-    "The layer's cases: ours, its dense, and, where they are at hand, Hugging Face's and nanoMoE's."
+    "The layer's cases: ours, matched dense, and, where available, Hugging Face's and nanoMoE's."
     cases = {name: ('dense', 'moe') for name in ('dense', 'moe', 'capacity', 'routing')}
     if b.against:
         cases['original'] = ('dense', 'moe')
@@ -379,8 +380,9 @@ def step(b: Bench) -> list[dict]:
 
 # %% ../nbs/43_bench.ipynb #report-scale
 def scale(b: Bench) -> list[dict]:
-    """Thousands of tokens per second of the layer's cases over N, where linear cost keeps the rate, and over
-    E.
+    """Thousands of tokens per second of the layer's cases, over N and over E.
+
+    Where the cost is linear in N, the rate stays the same.
     """
     sizes = [(n, b.n_experts) for n in (1024, 4096, 16384, 65536)]
     sizes += [(4096, e) for e in (4, 16, 64) if e >= b.top_k]
@@ -394,9 +396,7 @@ def scale(b: Bench) -> list[dict]:
 
 # %% ../nbs/43_bench.ipynb #write
 def make_writer(name: str, model: torch.nn.Module, b: Bench) -> Callable[[], list[int]]:
-    """A function that writes one more token after so many: `cache 256` reads the newest, `anew 256` all of
-    them.
-    """
+    "A function that generates one more token after n: `cache n` processes the newest one, `anew n` all."
     kind, n = name.split()
     idx = torch.zeros(b.batch_size, int(n), dtype=torch.long, device=find_device(b.device))
     cached = kind == 'cache'
@@ -412,8 +412,9 @@ def make_writer(name: str, model: torch.nn.Module, b: Bench) -> Callable[[], lis
 
 
 def write(b: Bench) -> list[dict]:
-    """Tokens per second of writing 512 without queues, with the cache and anew, and milliseconds of a step at
-    three positions.
+    """Tokens per second of generating 512 tokens, dropless, with the KV cache and without it.
+
+    Also the milliseconds of a step at three positions.
     """
     cfg = PRESETS[b.preset][0]
     model = (
@@ -516,7 +517,7 @@ def check_bench(b: Bench, what: str):
 
 # %% ../nbs/43_bench.ipynb #main
 def heading(what: str, b: Bench) -> str:
-    "What was timed."
+    "A line that describes what was timed."
     if what == 'step':
         return f'whole step of {b.preset}, {b.batch_size} rows'
     if what == 'write':

@@ -44,13 +44,13 @@ class Panel(NamedTuple):
         return self.top + self.height * (self.ylim[1] - y) / ((self.ylim[1] - self.ylim[0]) or 1)
 
     def points(self, x, y) -> str:
-        "Data as SVG wants it: pixels `x,y x,y …`."
+        "Data as the points of an SVG line: pixels `x,y x,y …`."
         return ' '.join(
             f'{a:.0f},{d:.1f}' for a, d in zip(self.across(np.asarray(x)), self.down(np.asarray(y)))
         )
 
     def axes(self, title: str) -> str:
-        "A title, and two axes with round numbers."
+        "A title, and two axes with ticks at round numbers."
         bottom, right = self.top + self.height, self.left + self.width
         lines = f'<path d="M{self.left},{self.top}V{bottom}H{right}" fill="none" stroke="currentColor"/>'
         xs = [svg_words(self.across(v), bottom + 15, f'{v:g}') for v in round_numbers(*self.xlim)]
@@ -59,8 +59,8 @@ class Panel(NamedTuple):
 
 # %% ../nbs/44_board.ipynb #svg-words
 def svg_words(x: float, y: float, text: str, anchor: str = 'middle', color: str = '') -> str:
-    "A line of text; `anchor` says which part of it stands at x: start, middle or end."
-    fill = f' fill="{color}"' if color else ''  # else the picture's own
+    "A line of text; `anchor` is the part of it that is placed at x: start, middle or end."
+    fill = f' fill="{color}"' if color else ''  # else the picture's color
     return (
         f'<text x="{x:.0f}" y="{y:.0f}" '
         f'text-anchor="{anchor}"{fill}>{html.escape(escape_controls(text))}</text>'
@@ -74,7 +74,7 @@ def round_numbers(low: float, high: float) -> list[float]:
 
 # %% ../nbs/44_board.ipynb #board-charts
 def svg_loss(rows: Sequence[dict]) -> str:
-    "`curve_points`: of the training batches as a line, of validation text as dots."
+    "The loss of `curve_points`: training batches as a line, validation as dots."
     unit, trained, val_points = curve_points(rows)
     trained, val_points = downsample(trained, 240), downsample(val_points, 60)
     heights = [loss for _, loss in trained + val_points]
@@ -112,7 +112,7 @@ _red_blue = [matplotlib.colors.to_hex(c) for c in matplotlib.colormaps['RdBu_r']
 
 
 def svg_load(load) -> str:
-    "Load by layer and expert, in the colors of `ratio_map`."
+    "Normalized load by layer and expert, in the colors of `ratio_map`."
     ratio = load_ratio(load)
     (L, E), left, top = ratio.shape, 680, 28
     width, height = 220 / E, min(24, 150 / L)
@@ -131,7 +131,7 @@ def board_svg(rows: Sequence[dict], layer: int = 0) -> str:
     "A run so far, as an SVG picture: loss, load over time of one layer, load of all layers."
     parts = board_parts(rows, layer)
     width, charts = 910 if len(parts) > 1 else 340, ''.join(panel_svg for _, _, panel_svg in parts)
-    # white in a dark theme too
+    # a white background in a dark theme too
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 204" width="{width}" '
         f'height="204" {_font} color="#222" '
@@ -143,7 +143,7 @@ _font = 'font-family="sans-serif" font-size="11" fill="currentColor"'
 
 
 def board_parts(rows: Sequence[dict], layer: int) -> list[tuple[int, int, str]]:
-    "The charts of a board: where each begins and ends, in pixels from the left, and its SVG."
+    "The charts of a board: for each its left and right edge in pixels, and its SVG."
     routed = routed_rows(rows)
     return [(0, 336, svg_loss(rows))] + (
         [(336, 640, svg_load_history(routed, layer)), (660, 910, svg_load(routed[-1]['load']))]
@@ -153,7 +153,7 @@ def board_parts(rows: Sequence[dict], layer: int) -> list[tuple[int, int, str]]:
 
 
 def board_html(rows: Sequence[dict], layer: int = 0) -> str:
-    "The board for a page: charts that fit a narrow window and take the color of its text."
+    "The board for a web page: charts wrap in a narrow window and take the color of its text."
     return (
         '<div class="board">'
         + ''.join(
@@ -168,8 +168,8 @@ def board_html(rows: Sequence[dict], layer: int = 0) -> str:
 class Board:
     """A live picture of a run: `for r in train(…): board.update(r)`.
 
-    At most four frames a second, and fewer where drawing would take more than a fiftieth of the time. Silent
-    outside IPython. The last frame stays in the page; `draw()` makes it the last record's.
+    It draws at most four frames a second, and spends at most about a fiftieth of the time on them. Outside
+    IPython it draws nothing. The last frame stays in the page; call `draw()` to show the last record.
     """
 
     def __init__(self, layer: int = 0):
@@ -179,7 +179,7 @@ class Board:
         "Add a record, or a line of a log, and redraw if it is time."
         row = record if isinstance(record, dict) else record.row()
         while self.rows and self.rows[-1]['step'] >= row['step']:
-            self.rows.pop()  # a run that went back to a checkpoint
+            self.rows.pop()  # the run resumed from a checkpoint
         self.rows.append(row)
         if time.perf_counter() >= self.due:
             self.draw()

@@ -39,13 +39,13 @@ from .upcycle import check_alike, upcycle
 
 # %% ../nbs/42_pretrained.ipynb #nanomoe-config
 def nanomoe_config(flat: dict) -> ModelConfig:
-    "The configuration of nanoMoE, or of nanoGPT, with its names, as ours."
+    "Our configuration from one of nanoMoE or nanoGPT, which have other names."
     shape = {
         name: flat[name]
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
     }
     if flat.get('n_exp', 1) == 1:
-        return ModelConfig(**shape, n_experts=1)  # nanoGPT knows no experts
+        return ModelConfig(**shape, n_experts=1)  # nanoGPT has no experts
     return ModelConfig(
         **shape,
         top_k=flat['top_k'],
@@ -66,7 +66,7 @@ def nanomoe_config(flat: dict) -> ModelConfig:
 
 # %% ../nbs/42_pretrained.ipynb #from-nanomoe
 def from_nanomoe(state_dict: dict[str, Tensor], config: dict) -> GPT:
-    """nanoMoE's model as ours, or nanoGPT's; both arguments are its own, as its checkpoint holds them.
+    """nanoMoE's or nanoGPT's model as ours, from the two entries of its checkpoint.
 
     Raises `BadInput` when a weight is missing, left over or of another shape.
     """
@@ -81,7 +81,7 @@ def from_nanomoe(state_dict: dict[str, Tensor], config: dict) -> GPT:
 
 # %% ../nbs/42_pretrained.ipynb #load-run
 def load_run(out_dir: str | Path) -> GPT:
-    """The newest good checkpoint of one of our runs, or the one in a step's folder.
+    """The model in the newest intact checkpoint of a run, or in the folder of one step.
 
     Raises `BadInput` when there is none.
     """
@@ -103,7 +103,7 @@ def load_run(out_dir: str | Path) -> GPT:
 
 
 def run_folder(path: str | Path) -> Path:
-    "The folder of a run, given it or one of its steps'."
+    "The folder of a run, from itself or from the folder of one of its steps."
     folder = resolve(path).resolve()
     return folder.parent if (folder / 'meta.json').exists() else folder
 
@@ -120,10 +120,10 @@ def load_ckpt(path: Path) -> GPT:
 
 
 def read_ckpt(path: Path) -> dict:
-    "What a file of `torch.save` holds, its arrays left on disk until they are read; no code in it is run."
+    "The content of a file of `torch.save`, its arrays memory-mapped; code in the file is never run."
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except Exception:  # every way to be wrong has its own
+    except Exception:  # damaged files raise many kinds of errors
         raise BadInput(f'{path} is no file of arrays and plain values alone, and is not loaded') from None
     if not isinstance(ckpt, dict) or not isinstance(ckpt.get('model_args'), dict):
         raise BadInput(f'{path} holds no model_args: neither nanoGPT nor nanoMoE wrote it')
@@ -131,9 +131,7 @@ def read_ckpt(path: Path) -> dict:
 
 # %% ../nbs/42_pretrained.ipynb #load-model
 def kind_of(where: str | Path) -> str:
-    """What a word names: `gpt2` one of OpenAI's, `ckpt` a file, `hf` a folder of transformers, `run` one of
-    ours.
-    """
+    "The kind of weights: `gpt2` a name, `ckpt` a file, `hf` a Hugging Face folder, `run` one of our runs."
     path = resolve(where)
     if str(where) in GPT2_SIZES:
         return 'gpt2'
@@ -146,10 +144,10 @@ def kind_of(where: str | Path) -> str:
 
 
 def load_model(where: str | Path) -> GPT:
-    """The model that `where` names: a run's folder or one step's, gpt2…, a folder of `transformers`, or a
-    ckpt.pt.
+    """The model in the folder of a run or of one of its steps, in a Hugging Face folder or a ckpt.pt, or
+    gpt2….
 
-    Raises `BadInput` where there is none, or one that ours cannot compute.
+    Raises `BadInput` if there is none, or if our model cannot compute the same.
     """
     kind = kind_of(where)
     if kind == 'gpt2':
@@ -160,15 +158,12 @@ def load_model(where: str | Path) -> GPT:
 
 # %% ../nbs/42_pretrained.ipynb #tokenizer-of
 def tokenizer_of(where: str | Path):
-    """The `tiktoken.Encoding` of the text that the weights have learned from.
-
-    Raises `BadInput` where none is known.
-    """
+    """The `tiktoken.Encoding` that the weights were trained with; raises `BadInput` if it is unknown."""
     return own_tokenizer(where) or tiktokens_own('gpt2')
 
 
 def own_tokenizer(where: str | Path):
-    "The tokenizer that came with the weights, None for GPT-2's; raises `BadInput` where neither is known."
+    "The tokenizer stored with the weights, None for GPT-2's; raises `BadInput` if neither is known."
     kind, path = kind_of(where), resolve(where)
     if kind == 'gpt2':
         return None
@@ -189,11 +184,10 @@ def own_tokenizer(where: str | Path):
 
 # %% ../nbs/42_pretrained.ipynb #export
 def export_hf(where: str | Path, out: str | Path) -> float:
-    """Write the model that `where` names as a folder for `transformers`; returns how far its logits are from
-    ours.
+    """Write the model of `load_model(where)` as a Hugging Face folder; returns the largest logit difference.
 
-    The folder appears whole or not at all, after `transformers` has loaded it. Raises `BadInput` where the
-    model has no equal there, and where the folder holds something else.
+    The folder appears complete or not at all, after `transformers` has loaded it. Raises `BadInput` if no
+    architecture of `transformers` matches, or if the folder holds something else.
     """
     model, tokenizer, folder = load_model(where).eval(), tokenizer_of(where), resolve(out)
     config = hf_config(model.cfg, tokenizer.eot_token)
@@ -213,7 +207,7 @@ def export_hf(where: str | Path, out: str | Path) -> float:
 
 
 def sweep_exports(folder: Path):
-    "Remove what exports to this folder left behind when they were killed."
+    "Remove the temporary folders of exports to this folder that were killed."
     for leftover in folder.parent.glob(f'.tmp-{folder.name}-*'):
         number = leftover.name.rsplit('-', 1)[1]
         if number.isdecimal() and not runs(int(number)) and (leftover / 'nanomoe').exists():
@@ -221,7 +215,7 @@ def sweep_exports(folder: Path):
 
 
 def runs(pid: int) -> bool:
-    "Whether there is a process of this number."
+    "Whether a process with this id is running."
     try:
         os.kill(pid, 0)
     except OSError as e:
@@ -230,10 +224,11 @@ def runs(pid: int) -> bool:
 
 # %% ../nbs/42_pretrained.ipynb #initial-weights
 def initial_weights(init_from: str, cfg: ModelConfig, dataset: Path | None = None) -> GPT:
-    """A new model of this shape, with the weights of `init_from`: scratch, or whatever `load_model` takes.
+    """A new model of this shape, with the weights of `init_from`: scratch, or anything that `load_model`
+    takes.
 
-    Dense weights become experts where `cfg` asks for them. Raises `BadInput` where they do not fit, and where
-    the `dataset` to train on has other token ids.
+    Dense weights become experts if `cfg` asks for them. Raises `BadInput` if they do not fit, or if the
+    `dataset` to train on has other token ids.
     """
     if init_from == 'scratch':
         return GPT(cfg)
@@ -247,8 +242,8 @@ def initial_weights(init_from: str, cfg: ModelConfig, dataset: Path | None = Non
 
 
 def check_tokenizer(init_from: str, dataset: Path):
-    "Raise `BadInput` unless the dataset was tokenized as the text was that these weights have learned from."
-    own = own_tokenizer(init_from)  # of GPT-2's the digest is enough: nothing is fetched
+    "Raise `BadInput` unless the dataset was tokenized like the text that these weights were trained on."
+    own = own_tokenizer(init_from)  # for GPT-2's the digest is enough, with no download
     known = vocabulary(own) if own else GPT2_VOCABULARY
     if vocabulary(load_tokenizer(dataset)) != known:
         raise BadInput(
@@ -258,11 +253,11 @@ def check_tokenizer(init_from: str, dataset: Path):
 
 
 def crop_block_size(tensors: dict[str, Tensor], block_size: int) -> dict[str, Tensor]:
-    "The weights for a model that sees fewer positions."
+    "The weights for a model with fewer positions."
     return {name: t[:block_size] if name == 'wpe.weight' else t for name, t in tensors.items()}
 
 
-__getattr__ = moved('huggingface', 'upcycle', 'checkpoint')  # for names imported from here before
+__getattr__ = moved('huggingface', 'upcycle', 'checkpoint')  # for code that imports these names from here
 
 # %% ../nbs/42_pretrained.ipynb #main
 @dataclass(frozen=True)

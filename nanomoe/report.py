@@ -60,7 +60,7 @@ from nanomoe.viz import (
 
 # %% ../nbs/45_report.ipynb #read-rows
 def read_rows(path: Path) -> list[dict]:
-    "The sound lines of a run's log.jsonl, each after the one before; raises `BadInput` when there are none."
+    "The valid lines of a run's log.jsonl, in order of step; raises `BadInput` when there are none."
     if not path.is_file():
         raise BadInput(f'{path} does not exist; give the folder of a run')
     rows = in_order(log_rows := read_log(path))
@@ -77,8 +77,9 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def with_bits(rows: Sequence[dict]) -> Sequence[dict]:
-    """The rows of a log of before, with the bits per byte that it lacks, as if all tokens were as long as in
-    the last evaluation.
+    """The rows, with the bits per byte that a log of an earlier version lacks.
+
+    They assume as many bytes per token as in the last evaluation.
     """
     bits = next(
         (
@@ -96,8 +97,9 @@ def with_bits(rows: Sequence[dict]) -> Sequence[dict]:
 
 
 def in_order(rows: Sequence[dict]) -> list[dict]:
-    """The rows without single steps out of line, and without those whose place a later row of the same or an
-    earlier step takes.
+    """The rows in order of step.
+
+    Left out are single rows out of line, and rows that a later row of the same or an earlier step replaces.
     """
     steps, out = [row['step'] for row in rows], []
     lone = {i for i, (a, b, c) in enumerate(zip(steps, steps[1:], steps[2:]), 1) if a < c and not a < b < c}
@@ -109,7 +111,7 @@ def in_order(rows: Sequence[dict]) -> list[dict]:
 
 # %% ../nbs/45_report.ipynb #follow
 def follow(run: str | Path, pause: float = 0.25) -> Iterator[dict]:
-    "The lines of a run's log, as they are written, until its last step; looks every `pause` seconds."
+    "The lines of a run's log as they are written, until its last step; checks every `pause` seconds."
     run = resolve(run)
     log, seen = Log(run / 'log.jsonl', log_numbers), 0
     while True:
@@ -124,7 +126,7 @@ def follow(run: str | Path, pause: float = 0.25) -> Iterator[dict]:
 
 
 def settings_of(run: Path) -> dict:
-    "A run's config.json; empty as long as there is none. Raises `BadInput` if it is something else."
+    "A run's config.json, or an empty dict before it exists; raises `BadInput` if it is something else."
     try:
         flat = json.loads((run / 'config.json').read_text())
     except FileNotFoundError:
@@ -153,10 +155,10 @@ class Samples(NamedTuple):
 
 
 def samples_of(lines: Sequence[dict], logged: int) -> Samples | None:
-    """Lines of samples.jsonl, gathered, up to the step that is logged: samples are written before their log
-    line.
+    """Lines of samples.jsonl as one `Samples`, up to the last step in the log.
 
-    None before the first evaluation, and for a model without experts.
+    (Samples are written before their log line.) None before the first evaluation, and for a model without
+    experts.
     """
     lines = [line for line in lines if line['step'] <= logged and np.size(line['expert_ids'])]
     if not lines:
@@ -192,8 +194,9 @@ def samples_of(lines: Sequence[dict], logged: int) -> Samples | None:
 
 # %% ../nbs/45_report.ipynb #read-samples
 def text_row(row: dict, n_experts: int = 2**12) -> dict:
-    """A line of samples.jsonl: N pieces of text, their choices and gates (L, N, K); raises `ValueError` for
-    anything else.
+    """A line of samples.jsonl: N pieces of text, their assignments and gates (L, N, K).
+
+    Raises `ValueError` for anything else.
     """
     pieces, ids = row.get('pieces'), np.array(row.get('expert_ids'))
     if (
@@ -226,7 +229,7 @@ def experts_in(rows: Sequence[dict]) -> int:
 def read_samples(run: Path, rows: Sequence[dict] | None = None) -> Samples | None:
     """A run's routed texts, from its samples.jsonl, up to the last row of its log.
 
-    `rows`: that log, if read already.
+    `rows` is that log, if it has been read already.
     """
     rows = rows or read_rows(run / 'log.jsonl')
     return samples_of(
@@ -261,7 +264,7 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
 
 # %% ../nbs/45_report.ipynb #health
 def health_rows(rows: Sequence[dict]) -> list[dict]:
-    "The rows that hold all that `health_figure` draws; of a model without experts those with a gradient."
+    "The rows with everything that `health_figure` draws; without experts, those with a gradient norm."
     if not routed_rows(rows):
         return [row for row in rows if 'grad_norm' in row]
     return [
@@ -292,7 +295,7 @@ def health_figure(rows: Sequence[dict]) -> Figure:
         ax.remove()
     if routed:
         axes[0, 0].legend(frameon=False, fontsize=7)
-        axes[0, 1].axhline(np.log(len(rows[-1]['load'][0])), color='k', lw=0.8, ls=':')  # no opinion
+        axes[0, 1].axhline(np.log(len(rows[-1]['load'][0])), color='k', lw=0.8, ls=':')  # a uniform router
     training = {
         'drop_rate': 'assignments dropped',
         'grad_norm': 'gradient norm before clipping',
@@ -306,12 +309,12 @@ def health_figure(rows: Sequence[dict]) -> Figure:
 
 # %% ../nbs/45_report.ipynb #curve
 def curve_of(run: Path, rows: Sequence[dict] | None = None) -> Figure:
-    """A run's loss in bits per byte, beside the compressors where its dataset is still there.
+    """A run's loss in bits per byte, beside two compressors if its dataset is still on this machine.
 
-    `rows`: its log, if read already.
+    `rows` is its log, if it has been read already.
     """
     rows, marks = rows or read_rows(run / 'log.jsonl'), {}
-    with suppress(BadInput, KeyError):  # the dataset may have gone
+    with suppress(BadInput, KeyError):  # the dataset may have been deleted
         val = read_manifest(dataset_folder(settings_of(run)['dataset']))['splits']['val']
         marks = {
             f'{name} -9': 8 * val[f'{name}_bytes'] / val['bytes']
@@ -494,7 +497,7 @@ p { margin: .3em 0; opacity: .7 }
 
 # %% ../nbs/45_report.ipynb #report
 def report(run: str | Path) -> str:
-    """HTML page of a run, from its log.jsonl, samples.jsonl and config.json alone.
+    """The HTML page of a run, made from its log.jsonl, samples.jsonl and config.json alone.
 
     Raises `BadInput` without a log.
     """
@@ -620,16 +623,16 @@ class Live:
 
 # %% ../nbs/45_report.ipynb #is-address
 def is_address(host: str) -> bool:
-    "Whether a host is given by number, which no name service can make lead elsewhere."
+    "Whether a host is an IP address, which DNS cannot point elsewhere."
     with suppress(ValueError):
         return bool(ipaddress.ip_address(host.strip('[]')))
     return False
 
 # %% ../nbs/45_report.ipynb #server
 def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> ThreadingHTTPServer:
-    """A web server that shows a run as it is, to this machine alone by default.
+    """A web server that shows the current state of a run, by default to this machine only.
 
-    Port 0 takes any free one. Start it by `serve_forever()`.
+    Port 0 takes any free port. Start it with `serve_forever()`.
     """
     live = Live(resolve(run))
     names = {
@@ -642,7 +645,7 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
         def do_GET(self):
             asked = re.fullmatch(r'(.*?)(:\d+)?', self.headers.get('Host', '').lower())[1]
             if asked not in names and not is_address(asked):
-                return self.send_error(403)  # a name elsewhere that was made to lead here
+                return self.send_error(403)  # a foreign name that points here
             try:
                 address = urlsplit(self.path)
             except ValueError:
@@ -660,7 +663,7 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
                 answer, status = ('text/plain', str(e)), 500
             if address.path not in ('/', '/board', '/text'):
                 answer, status = None, 404
-            with suppress(ConnectionError):  # a page that was closed
+            with suppress(ConnectionError):  # the page was closed
                 self.send_response(status)
                 if answer:
                     self.send_header('Content-Type', f'{answer[0]}; charset=utf-8')
@@ -669,7 +672,7 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
                     self.wfile.write(answer[1].encode('utf-8', 'replace'))
 
         def log_message(self, *words):
-            pass  # a line per question would hide the address
+            pass  # a line per request would hide the address
 
     if not host:
         raise BadInput('host must be an address or a name, got an empty one')
@@ -730,7 +733,7 @@ def render(kind: str, what: str, out: str | None) -> Path:
 
 # %% ../nbs/45_report.ipynb #watch
 def server_at(run: str | Path, port: int | None, host: str) -> ThreadingHTTPServer:
-    "The `server` at a port; at None the first free one from 8712 on, since another watcher may have that."
+    "The `server` at a port; None takes the first free one from 8712 on, as several viewers may be running."
     for usual in range(8712, 8732) if port is None else ():
         with suppress(BadInput):
             return server(run, usual, host)

@@ -15,8 +15,9 @@ from .model import GPT, moe_layers
 
 # %% ../nbs/41_upcycle.ipynb #check-alike
 def check_alike(have: ModelConfig, cfg: ModelConfig, source: str):
-    """Raise `BadInput` for an option that changes what the weights of `source` compute and that no shape
-    shows.
+    """Raise `BadInput` if an option differs that changes what the weights of `source` compute.
+
+    Only options that no array's shape reveals.
     """
     for option in ('n_head', 'activation', 'positions', 'norm'):
         if getattr(have, option) != getattr(cfg, option):
@@ -26,7 +27,7 @@ def check_alike(have: ModelConfig, cfg: ModelConfig, source: str):
 
 # %% ../nbs/41_upcycle.ipynb #check-upcycling
 def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
-    "How many slices each MLP is cut into, G; raises `BadInput` with the first rule that is broken."
+    "The number of slices per MLP, G; raises `BadInput` with the first rule that is violated."
     width, F = dense.d_ff, cfg.d_expert
 
     def need(ok, rule, got):
@@ -58,7 +59,7 @@ def check_upcycling(dense: ModelConfig, cfg: ModelConfig) -> int:
 
 # %% ../nbs/41_upcycle.ipynb #as-experts
 def as_experts(mlp: MLP, cfg: ModelConfig, G: int) -> dict[str, Tensor]:
-    "The arrays of E experts: e is slice e % G of the MLP, G times as strong, as G of them share one's gate."
+    "The arrays of E experts: e is slice e % G of the MLP, scaled by G because G of them share one gate."
     n, share = 2 if cfg.activation == 'swiglu' else 1, gate_sum(cfg)
 
     def cut(w):
@@ -80,7 +81,7 @@ def as_experts(mlp: MLP, cfg: ModelConfig, G: int) -> dict[str, Tensor]:
 def in_groups(moe: MoE, cfg: ModelConfig, G: int) -> dict[str, Tensor]:
     """Router rows, equal for the G experts that make up one MLP.
 
-    Short ones where the gates depend on their length.
+    With norm_topk_prob=False they are scaled down, so that the router starts undecided.
     """
     if cfg.router == 'hash':
         return {}
@@ -89,12 +90,11 @@ def in_groups(moe: MoE, cfg: ModelConfig, G: int) -> dict[str, Tensor]:
 
 # %% ../nbs/41_upcycle.ipynb #upcycle
 def upcycle(dense: GPT, cfg: ModelConfig) -> GPT:
-    """The model of shape `cfg` whose experts are the dense one's MLPs (2212.05055), or G slices each
-    (2410.07524).
+    """The model of shape `cfg` whose experts are the dense model's MLPs (2212.05055) or slices (2410.07524).
 
     Dropless and with norm_topk_prob=True it computes what the dense model does. With norm_topk_prob=False the
-    gates are small: what experts write is raised, for routers that are undecided at first. Raises `BadInput`
-    where it cannot be.
+    gates are small, so the experts' outputs are scaled up for a router that is undecided at first. Raises
+    `BadInput` if the dense model cannot become experts of this shape.
     """
     check_alike(dense.cfg, cfg, 'the dense model')
     G, sparse = check_upcycling(dense.cfg, cfg), GPT(cfg)
@@ -107,7 +107,7 @@ def upcycle(dense: GPT, cfg: ModelConfig) -> GPT:
 
 
 def gate_sum(cfg: ModelConfig) -> float:
-    "What a token's K gates add up to at the start: 1, or K gates of an undecided router."
+    "The sum of a token's K gates at the start: 1, or that of an undecided router."
     if cfg.norm_topk_prob or cfg.router == 'hash':
         return 1.0
     return cfg.top_k * (0.5 if cfg.router == 'sigmoid' else 1 / cfg.n_experts)

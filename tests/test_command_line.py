@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -921,3 +922,34 @@ def test_help_begins_with_presets_and_examples(capsys):
         name in text for name in PRESETS
     )
     assert f'{"nano_moe":20} 55.1M 33.9M' in text and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    'what, options, sentence',
+    [
+        ('layer', dict(top_k=9), 'top_k must be between 1 and n_experts=8, got 9'),
+        ('scale', dict(repeats=0), 'repeats must be at least 1, got 0'),
+        ('layer', dict(n_experts=1), 'n_experts must be at least 2, got 1'),
+        ('layer', dict(threads=-1), 'threads must be at least 0, got -1'),
+        ('layer', dict(json='nowhere/x.json'), 'json must be a file in a folder that exists'),
+        ('layer', dict(against='nowhere'), 'must be a folder with the model.py and manager.py'),
+        ('step', dict(preset='nano_mo'), 'there is no preset nano_mo; did you mean nano_moe?'),
+        ('step', dict(preset='gpt2'), 'preset must have experts, got gpt2'),
+    ],
+)
+def test_what_cannot_be_timed_gets_one_sentence(what, options, sentence):
+    with pytest.raises(BadInput, match=re.escape(sentence)):
+        bench.check_bench(bench.Bench(**options), what)
+    bench.check_bench(bench.Bench(n_tokens=1, top_k=8), 'layer')  # the edges are allowed
+
+
+def test_nanomoes_layer_has_one_shape():
+    b = bench.Bench(n_embd=64, expert_width=128, against='nowhere')
+    with pytest.raises(BadInput, match='expert_width must be 4 \\* n_embd = 256 with --against, got 128'):
+        bench.original_layer(b)
+    for cfg in (replace(PRESETS['tiny'][0], expert_width=7), PRESETS['modern'][0]):
+        with pytest.raises(BadInput, match='has parts that nanoMoE has not'):
+            bench.original_model(bench.Bench(preset='tiny'), cfg)
+    assert bench.heading('step', bench.Bench(batch_size=3)) == 'whole step of nano_moe, 3 rows'
+    assert 'N 64' in bench.heading('layer', bench.Bench(n_tokens=64))
+    assert 'N ' not in bench.heading('scale', bench.Bench())

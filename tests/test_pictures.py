@@ -757,3 +757,11 @@ def test_one_step_out_of_line_costs_itself(tmp_path, capsys):
 def test_a_watcher_needs_an_address(tmp_path):
     with pytest.raises(BadInput, match='host must be an address or a name'):
         server(run_of(tmp_path / 'run', WHOLE), 0, '')
+
+
+def test_a_board_outside_a_notebook_draws_nothing():
+    board = boards.Board()
+    for row in WHOLE:
+        board.update(row)
+    board.draw()
+    assert board.handle is None and len(board.rows) == len(WHOLE)

@@ -1016,3 +1016,23 @@ def test_the_run_that_everybody_has_has_an_exportable_sister(tmp_path):
     ]
     list(train.train(*parse(['onboard_modern', *run])))
     assert export_hf(tmp_path / 'run', tmp_path / 'hf') < 1e-5
+
+
+def test_weights_that_do_not_fit_the_originals_settings_are_named(original, tmp_path):
+    weights = {f'module.{name[2:]}': original[name] for name in original.numbers if name.startswith('w/')}
+    norm, path = 'module.transformer.ln_f.weight', tmp_path / 'ckpt.pt'
+    lacks = {name: tensor for name, tensor in weights.items() if name != norm}
+    for change, words in (
+        (lacks, 'the weights lack ln_f.weight'),
+        (weights | {'module.transformer.extra.weight': torch.zeros(32)}, 'the weights hold extra.weight'),
+        (weights | {norm: torch.ones(31)}, r'ln_f.weight must have shape \(32,\), got \(31,\)'),
+    ):
+        with pytest.raises(BadInput, match=words):
+            load_model(ckpt(path, change, original.config))
+    model = load_model(ckpt(path, weights, original.config))
+    for options, words in (
+        (dict(block_size=2 * model.cfg.block_size), 'wpe.weight must have shape'),
+        (dict(n_head=2 * model.cfg.n_head), 'n_head must be'),
+    ):
+        with pytest.raises(BadInput, match=words):
+            initial_weights(str(path), replace(model.cfg, **options))
