@@ -34,14 +34,14 @@ def from_gpt2(state_dict: dict[str, Tensor], cfg: ModelConfig) -> GPT:
         if name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias')):
             continue  # tied; masks
         if not cfg.bias and name.endswith('bias') and not tensor.any():
-            continue  # one that our export had to add
+            continue  # zeros that our export had to add
         transposed = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
         renamed[name] = tensor.T if transposed else tensor
     return with_weights(cfg, renamed)
 
 
 def to_gpt2(model: GPT) -> dict[str, Tensor]:
-    "The weights as `GPT2LMHeadModel` holds them: matrices of the blocks transposed, and a bias everywhere."
+    "The weights as `GPT2LMHeadModel` stores them: matrices of the blocks transposed, and a bias everywhere."
     weights = {}
     for name, t in model.state_dict().items():
         matrix = t.dim() == 2 and name.startswith('h.')
@@ -52,7 +52,7 @@ def to_gpt2(model: GPT) -> dict[str, Tensor]:
 
 
 def load_gpt2(name: str) -> GPT:
-    "One of OpenAI's four models, through `transformers`; raises `BadInput` when it cannot be had."
+    "One of OpenAI's four models, through `transformers`; raises `BadInput` if it cannot be loaded."
     from transformers import GPT2LMHeadModel
 
     try:
@@ -63,9 +63,7 @@ def load_gpt2(name: str) -> GPT:
 
 # %% ../nbs/40_huggingface.ipynb #names
 def qwen3_names(cfg: ModelConfig) -> dict[str, list[str]]:
-    """Our arrays' names, each with those of the arrays that it joins in a Qwen3 (2505.09388), one below the
-    other.
-    """
+    """The names of our arrays, each with those of the Qwen3 arrays (2505.09388) that it stacks by rows."""
     names = {'wte': ['embed_tokens'], 'ln_f': ['norm']}
     for i in range(cfg.n_layer):
         ours, theirs, sparse = f'h.{i}', f'layers.{i}', i in moe_layers(cfg)
@@ -90,9 +88,7 @@ def qwen3_names(cfg: ModelConfig) -> dict[str, list[str]]:
 
 # %% ../nbs/40_huggingface.ipynb #to-qwen3
 def to_qwen3(model: GPT) -> dict[str, Tensor]:
-    """The weights as the published Qwen3 hold them: q, k and v apart, each expert in three matrices of its
-    own.
-    """
+    """The weights as a published Qwen3 stores them: q, k and v apart, three matrices for each expert."""
     cfg, ours, weights = model.cfg, model.state_dict(), {}
     D, kv = cfg.n_embd // cfg.n_head, cfg.kv_heads
     for name, parts in qwen3_names(cfg).items():
@@ -122,7 +118,7 @@ def from_qwen3(tensors: dict[str, Tensor], cfg: ModelConfig) -> GPT:
 
 # %% ../nbs/40_huggingface.ipynb #config-of
 def require(config: dict, **allowed):
-    "Raise `BadInput` unless each entry has its one value, which is the one that our model has too."
+    "Raise `BadInput` unless each entry has the one value that our model has."
     for name, value in allowed.items():
         if config.get(name, value) != value:
             raise BadInput(f'{name} must be {value}, as nanomoe has no option for it, got {config[name]}')
@@ -150,7 +146,7 @@ def gpt2_entries(cfg: ModelConfig) -> dict:
 
 
 def gpt2_shape(config: dict) -> ModelConfig:
-    "The shape of a GPT-2 of `transformers`, from its configuration; raises `BadInput` for what ours lacks."
+    "Our configuration of a Hugging Face GPT-2; raises `BadInput` for what our model lacks."
     require(
         config,
         scale_attn_weights=True,
@@ -202,9 +198,9 @@ def qwen3_moe_entries(cfg: ModelConfig) -> dict:
 
 # %% ../nbs/40_huggingface.ipynb #qwen3-shape
 def qwen3_shape(config: dict) -> ModelConfig:
-    """The shape of a Qwen3, dense or with experts, from its configuration.
+    """Our configuration of a Hugging Face Qwen3, dense or with experts.
 
-    Raises `BadInput` for what ours lacks.
+    Raises `BadInput` for what our model lacks.
     """
     C, heads, keys = (config[name] for name in ('hidden_size', 'num_attention_heads', 'num_key_value_heads'))
     rope = config.get('rope_parameters') or {'rope_theta': config.get('rope_theta')}
@@ -257,7 +253,7 @@ def with_experts(cfg: ModelConfig, config: dict) -> ModelConfig:
 
 # %% ../nbs/40_huggingface.ipynb #limits
 class Architecture(NamedTuple):
-    "A family of models in `transformers` that computes what some of ours do: all that the two-way road needs"
+    "A family of models in `transformers` that some of ours match, with everything to export and import them"
 
     config: str  # class of its configuration
     model: str  # class of its model with a head
@@ -267,7 +263,7 @@ class Architecture(NamedTuple):
     shape: Callable[[dict], ModelConfig]  # and back; raises `BadInput` for what ours lacks
     weights: Callable[[GPT], dict[str, Tensor]]  # our arrays under its names
     load: Callable[[dict[str, Tensor], ModelConfig], GPT]  # and back
-    limits: Callable[[ModelConfig], list[str]] = lambda cfg: []  # further demands that are not met
+    limits: Callable[[ModelConfig], list[str]] = lambda cfg: []  # further requirements that are not met
     notes: Callable[[ModelConfig], dict] = lambda cfg: {}  # entries that its class would rename or leave out
 
 
@@ -325,9 +321,9 @@ ARCHITECTURES = {
 
 
 def architecture(cfg: ModelConfig) -> str:
-    """The name of the first architecture that our model is meant for, as `model_type` has it.
+    """The `model_type` of the first architecture that fits our model.
 
-    Raises `BadInput` with the options in which it differs.
+    Raises `BadInput` with the options in which the model differs.
     """
     name, arch = next((name, arch) for name, arch in ARCHITECTURES.items() if arch.meant(cfg))
     wrong = [
@@ -345,9 +341,9 @@ def architecture(cfg: ModelConfig) -> str:
 
 # %% ../nbs/40_huggingface.ipynb #hf-config
 def hf_config(cfg: ModelConfig, end: int):
-    """The configuration of its equal in `transformers`, `end` being the id of `EOT`.
+    """The configuration for `transformers`; `end` is the id of `EOT`.
 
-    Raises `BadInput` where it has none.
+    Raises `BadInput` if no architecture matches.
     """
     arch = ARCHITECTURES[architecture(cfg)]
     import transformers
@@ -363,7 +359,7 @@ def hf_config(cfg: ModelConfig, end: int):
 
 # %% ../nbs/40_huggingface.ipynb #load-hf
 def load_hf(folder: Path) -> GPT:
-    "The GPT-2 or Qwen3 in a folder of `transformers`; raises `BadInput` for what ours cannot compute."
+    "The GPT-2 or Qwen3 in a Hugging Face folder; raises `BadInput` for what our model cannot compute."
     from transformers import AutoConfig
 
     try:
@@ -381,7 +377,7 @@ def load_hf(folder: Path) -> GPT:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    "All arrays of a folder's model*.safetensors; raises `BadInput` when there are none."
+    "All arrays in the model*.safetensors of a folder; raises `BadInput` if there are none."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -395,8 +391,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 # %% ../nbs/40_huggingface.ipynb #merges-of
 def recover_bpe_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two entries that made each longer one, in order: where BPE ends when it may not make the entry
-    itself.
+    """The two entries that made each longer one, in order.
+
+    They are where BPE ends if it must not make the entry itself.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
@@ -412,7 +409,7 @@ def recover_bpe_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 # %% ../nbs/40_huggingface.ipynb #hf-tokenizer
 def hf_bpe(tokenizer):
-    "The tokenizer as the library `tokenizers` has them: the same ids for the same text."
+    "The tokenizer for the library `tokenizers`: the same ids for the same text."
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     printable = {byte: ch for ch, byte in byte_alphabet().items()}
@@ -421,7 +418,7 @@ def hf_bpe(tokenizer):
         return ''.join(printable[byte] for byte in word)
 
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
-    pattern = re.sub(r'({\d+,\d+})\+', r'\1', tokenizer._pat_str)  # its engine would repeat the repetition
+    pattern = re.sub(r'({\d+,\d+})\+', r'\1', tokenizer._pat_str)  # its regex engine reads the + differently
     bpe = Tokenizer(
         models.BPE(
             {spell(word): i for word, i in ranks.items()} | special,
@@ -441,7 +438,7 @@ def hf_bpe(tokenizer):
 
 
 def hf_tokenizer(tokenizer, block_size: int):
-    "The tokenizer as `transformers` has them."
+    "The tokenizer for `transformers`."
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -456,7 +453,7 @@ def hf_tokenizer(tokenizer, block_size: int):
 
 # %% ../nbs/40_huggingface.ipynb #read-hf-tokenizer
 def read_hf_tokenizer(path: Path):
-    """The tokenizer of an export that `transformers` has saved again, None for GPT-2's.
+    """The tokenizer of an export, even if saved again by `transformers`; None for GPT-2's.
 
     Raises `BadInput` for any other.
     """
@@ -465,7 +462,9 @@ def read_hf_tokenizer(path: Path):
     try:
         flat, alphabet = json.loads(Tokenizer.from_file(str(path)).to_str()), byte_alphabet()
     except Exception as e:
-        raise BadInput(f'{path} holds no tokenizer ({e})') from None  # its library has no other
+        raise BadInput(
+            f'{path} holds no tokenizer ({e})'
+        ) from None  # the library raises nothing more specific
     try:
         special = {token['content']: token['id'] for token in flat['added_tokens']}
         words = {
@@ -507,13 +506,13 @@ GPT2_VOCABULARY = '02cbd1d6a2b849c110f489440a8597f9f7b24d7bea3b6104e12c4bbec423f
 
 
 def vocabulary(tokenizer) -> str:
-    "Digest of the text of every id: the same for two tokenizers if and only if their ids mean the same."
+    "Digest of the text of every id: equal for two tokenizers if and only if their ids mean the same."
     words = sorted(tokenizer._mergeable_ranks.items(), key=lambda entry: entry[1])
     return hashlib.sha256(repr((words, sorted(tokenizer._special_tokens.items()))).encode()).hexdigest()
 
 # %% ../nbs/40_huggingface.ipynb #write-hf
 def write_hf(folder: Path, model: GPT, tokenizer, config):
-    "An export's files: configuration, weights under their names there, generation, both tokenizers."
+    "Write the files of an export: configuration, renamed weights, generation settings, both tokenizers."
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
@@ -522,14 +521,14 @@ def write_hf(folder: Path, model: GPT, tokenizer, config):
     arch = ARCHITECTURES[architecture(model.cfg)]
     weights = {name: t.detach().contiguous() for name, t in arch.weights(model).items()}
     save_file(weights, folder / 'model.safetensors', {'format': 'pt'})
-    # whoever may read the folder may read it
+    # readable for everyone who can read the folder
     (folder / 'model.safetensors').chmod(folder.stat().st_mode & 0o666)
     hf_tokenizer(tokenizer, model.cfg.block_size).save_pretrained(folder)
     save_tokenizer(tokenizer, folder / 'nanomoe')
-    # transformers 4 has these names
+    # transformers 4 expects these names
     update_json(folder / 'tokenizer_config.json', tokenizer_class='PreTrainedTokenizerFast')
     update_json(folder / 'config.json', **arch.notes(model.cfg))
-    # ids without bytes, never to be drawn
+    # ids without text, never to be sampled
     padding = [*range(tokenizer.n_vocab, model.cfg.vocab_size)] or None
     GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -540,13 +539,13 @@ def write_hf(folder: Path, model: GPT, tokenizer, config):
 
 
 def update_json(path: Path, **entries):
-    "Give a JSON file further entries."
+    "Add entries to a JSON file."
     path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2, sort_keys=True) + '\n')
 
 # %% ../nbs/40_huggingface.ipynb #to-gpt2
 @torch.no_grad()
 def max_logit_diff(model: GPT, folder: Path) -> float:
-    "How far the folder's logits are from ours on random ids; raises `RuntimeError` where they are others."
+    "The largest logit difference between folder and model on random ids; `RuntimeError` if above rounding."
     import transformers as t
 
     cfg = model.cfg
@@ -566,9 +565,7 @@ def max_logit_diff(model: GPT, folder: Path) -> float:
 
 # %% ../nbs/40_huggingface.ipynb #check-exportable
 def check_exportable(model: GPT, tokenizer, folder: Path):
-    """Raise `BadInput` for more tokens than the model holds, and unless the folder is missing, empty or an
-    export.
-    """
+    """Raise `BadInput` for a tokenizer larger than the vocabulary, or a folder with other content."""
     n, V = tokenizer.n_vocab, model.cfg.vocab_size
     if n > V:
         raise BadInput(f'the tokenizer has {n} entries, more than vocab_size={V}')

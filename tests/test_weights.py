@@ -1036,3 +1036,9 @@ def test_weights_that_do_not_fit_the_originals_settings_are_named(original, tmp_
     ):
         with pytest.raises(BadInput, match=words):
             initial_weights(str(path), replace(model.cfg, **options))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_not_exported(tokenizer, tmp_path):
+    model = GPT(ModelConfig(block_size=8, vocab_size=tokenizer.n_vocab - 1, n_layer=1, n_head=1, n_embd=4))
+    with pytest.raises(BadInput, match=f'{tokenizer.n_vocab} entries, more than vocab_size='):
+        huggingface.check_exportable(model, tokenizer, tmp_path / 'new')
