@@ -550,7 +550,7 @@ HUB = {
 
 
 def nanogpts_split():
-    """A function that tells by its number whether nanoGPT uses a document of OpenWebText for validation.
+    """A function: whether nanoGPT uses a document of OpenWebText for validation, by its number.
 
     These are 4,007 of 8,013,769, drawn as `datasets` does.
     """

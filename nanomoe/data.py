@@ -58,7 +58,7 @@ class Part(NamedTuple):
     text: str
     domain: str
     split: str
-    done: int | None  # how many documents are finished with it; None if its document goes on
+    done: int | None  # how many documents are finished with it; None if more of its document follows
 
 
 def split_documents(source: Source, skip: int = 0, cut: bool = False) -> Iterator[Part]:
@@ -274,7 +274,7 @@ def compressed(folder: Path, entry: dict, tokenizer) -> dict:
 # %% ../nbs/37_data.ipynb #bar
 @contextmanager
 def bar(sources: list[Source], show: bool) -> Iterator[Callable[[int, int], None]]:
-    "A function that reports bytes and tokens: to a bar, if there is a terminal and `show`, else to nobody."
+    "A function that reports bytes and tokens: to a bar if there is a terminal and `show`, else nowhere."
     if not (show and sys.stderr.isatty() and importlib.util.find_spec('tqdm')):
         yield lambda n_bytes, n_tokens: None
         return
