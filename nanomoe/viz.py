@@ -636,6 +636,7 @@ def scoreboard(lesson: int | None = None) -> Figure:
     Reads assets/scoreboard.json, which `python tools/scoreboard.py` makes.
     """
     rows = json.loads((home() / 'assets' / 'scoreboard.json').read_text())['rows']
+    rows = [row for row in rows if lesson is None or row['lesson'] <= lesson]
     fig = new_figure(9, 0.8 + 0.24 * len(rows))
     ax, table = fig.subplots(1, 2, sharey=True, width_ratios=(2, 3))
     for y, row in enumerate(rows):
