@@ -630,8 +630,8 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
 
 # %% ../nbs/05_viz.ipynb #scoreboard
 def scoreboard(lesson: int | None = None) -> Figure:
-    """The runs of the course, a row each: bits per byte of every seed, and what it took; rows of `lesson` in
-    color.
+    """The runs of the course up to `lesson`, a row each, its own in color: bits per byte of every seed, and
+    what it took.
 
     Reads assets/scoreboard.json, which `python tools/scoreboard.py` makes.
     """
