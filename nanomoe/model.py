@@ -148,7 +148,7 @@ class GPT(Backbone):
         """Token ids (B, T), and their targets, -1 for none; with a cache, idx continues what it holds.
 
         Tokens whose target is -1 (padding) count in no loss, except that `balance='nano_moe'` includes them,
-        as the original does. `counts` (L, E): the assignments of a whole step, for `balance_over='global'`.
+        as nanoMoE does. `counts` (L, E): the assignments of a whole step, for `balance_over='global'`.
         """
         x, routings = self.hidden(idx, cache)  # (B, T, C)
         logits = F.linear(x, self.wte.weight) if keep_logits or targets is None else None  # (B, T, V)

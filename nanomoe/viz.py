@@ -32,7 +32,7 @@ with one_sentence() if __name__ == '__main__' and '__file__' in globals() else n
 
 # %% ../nbs/05_viz.ipynb #load-ratio
 def load_ratio(load) -> np.ndarray:
-    "Normalized load: assignments per expert (…, E) over their mean; 1 is uniform, 0 is dead."
+    "Normalized load: assignments per expert (…, E) over their mean; 1 is uniform, below 0.05 is dead."
     load = np.asarray(load, float)
     return load / np.maximum(load.mean(-1, keepdims=True), 1e-12)
 
