@@ -41,7 +41,7 @@ def balance_loss(r: Routing, counted: Tensor | None = None, counts: Tensor | Non
 
 
 def nano_moe_balance_loss(r: Routing) -> Tensor:
-    """The original's: K times larger, and P_e is the mean of gates over the chosen K, not of the
+    """nanoMoE's: K times larger, and P_e is the mean of gates over the chosen K, not of the
     probabilities.
     """
     N, E = r.probs.shape
@@ -120,7 +120,7 @@ def total_loss(
     if not routings:
         return Losses(ce, ce, ce.new_zeros(()), ce.new_zeros(()))
     if cfg.balance == 'nano_moe':
-        counted = None  # the original counts padding as well
+        counted = None  # nanoMoE counts padding as well
     # (L,)
     balance = torch.stack(
         [

@@ -134,6 +134,7 @@ class ExpertChoiceRouter(TopKRouter):
         probs = logits.softmax(-1)  # (N, E)
         best = probs.topk(self.n_taken(len(x)), dim=0).indices  # (S, E) token ids
         taken = torch.zeros_like(probs, dtype=torch.bool).scatter_(0, best, True)
+        # + 2 puts the experts that took the token before all others: a probability is at most 1
         expert_ids = (probs.detach() + 2 * taken).argsort(-1, descending=True)  # (N, E)
         return Routing(logits, probs, expert_ids, probs.gather(-1, expert_ids), taken.gather(-1, expert_ids))
 
