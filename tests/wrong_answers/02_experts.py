@@ -23,3 +23,8 @@ def mixture():
 # %% exercise-train: too few experts for the clusters
 def mixture():
     return MoE(ModelConfig(n_embd=16, n_experts=2, top_k=1, expert_width=64))
+
+
+# %% exercise-train: gated experts as wide as the others, at 1.5 times the FLOPs
+def mixture():
+    return MoE(ModelConfig(n_embd=16, n_experts=32, top_k=1, expert_width=64, activation='swiglu'))

