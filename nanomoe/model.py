@@ -71,9 +71,9 @@ def initialize(model: nn.Module, cfg: ModelConfig):
     """GPT-2's init: N(0, 0.02), and N(0, 0.02/√(2·n_layer)) for what writes to the residual
     stream; biases 0.
 
-    `init='switch'` draws every matrix but positions from a truncated normal of std 1/√fan_in first
-    (2101.03961 §2.4). As in nanoMoE that reaches the tied embedding too, and not what
-    writes to the residual stream.
+    `init='switch'` draws every matrix but positions from a normal of std √(1/fan_in), cut off at two of
+    them. That is nanoMoE's scale of 1, where Switch recommends 0.1 (2101.03961 §2.4). As in nanoMoE it
+    reaches the tied embedding too, and not what writes to the residual stream.
     """
     for name, p in model.named_parameters():
         if name.endswith('bias'):

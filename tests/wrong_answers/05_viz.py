@@ -7,12 +7,12 @@ verdicts = ['overloaded', 'dead', 'healthy', 'restless']
 
 # %% exercise-violation: the largest count, not divided by the mean
 def max_violation(load):
-    return np.asarray(load).max(-1) - 1
+    return load.max(-1).values - 1
 
 
 # %% exercise-violation: divides by the mean of all layers
 def max_violation(load):
-    return np.max(load, -1) / np.mean(load) - 1
+    return load.max(-1).values / load.mean() - 1
 
 
 # %% exercise-balanced: the counts have no gradient, so the loss trains nothing

@@ -1,8 +1,8 @@
 # %% exercise-bytes: forgets that there are values besides keys
-kib = 32 * 8 * 128 * 2 / 1024
+texts = 2**33 // (32 * 8 * 128 * 2 * 4096)
 
 # %% exercise-bytes: counts the query heads
-kib = 2 * 32 * 32 * 128 * 2 / 1024
+texts = 2**33 // (2 * 32 * 32 * 128 * 2 * 4096)
 
 
 # %% exercise-window: one position too many

@@ -1,8 +1,11 @@
 # %% exercise-grow: doubles the whole model
-growth = (55.11, 33.88)
+growth = (55_110_000, 33_880_000)
 
 # %% exercise-grow: takes half of the new expert weights for active
-growth = (28.32, 14.16)
+growth = (28_320_768, 14_160_384)
+
+# %% exercise-grow: forgets the router
+growth = (28_311_552, 0)
 
 
 # %% exercise-size: too much is active, with the right total

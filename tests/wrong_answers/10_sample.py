@@ -1,9 +1,13 @@
 # %% exercise-experts: no two tokens share an expert
-read = 16 * 8
+batch = 0.9 * 128 / 4
+
+
+# %% exercise-experts: 10 % are read, not missed
+batch = math.log(0.9) / math.log(1 - 4 / 128)
 
 
 # %% exercise-experts: as if a token chose one expert
-read = 128 * (1 - (1 - 1 / 128) ** 16)
+batch = math.log(0.1) / math.log(1 - 1 / 128)
 
 
 # %% exercise-min-p: the threshold is p itself, not p times the largest probability

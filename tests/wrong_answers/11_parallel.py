@@ -11,6 +11,11 @@ def global_balance(r, counts):
     return len(counts) * (r.probs.mean(0) * r.counts() / r.counts().sum()).sum()
 
 
+# %% exercise-global: calls the function that is to be written
+def global_balance(r, counts):
+    return balance_loss(r, counts=counts)
+
+
 # %% exercise-global: the counts are divided by one process's assignments
 def global_balance(r, counts):
     return len(counts) * (r.probs.mean(0) * counts / r.expert_ids.numel()).sum()
