@@ -629,38 +629,36 @@ def flow(first_choices, n_experts: int, ax: Axes | None = None) -> Figure:
     return ax.figure
 
 # %% ../nbs/05_viz.ipynb #scoreboard
-def scoreboard(lesson: int | None = None) -> Figure:
-    """The runs of the course up to `lesson`, a row each, its own in color: bits per byte of every seed, and
-    what it took.
+def scoreboard(lesson: int | None = None):
+    """The runs of the course up to `lesson` as a table, that lesson's in bold: bits per byte on validation
+    text (mean, and half the range of the seeds), and what it took.
 
     Reads assets/scoreboard.json, which `python tools/scoreboard.py` makes.
     """
+    from IPython.display import Markdown
+
     rows = json.loads((home() / 'assets' / 'scoreboard.json').read_text())['rows']
-    rows = [row for row in rows if lesson is None or row['lesson'] <= lesson]
-    fig = new_figure(9, 0.8 + 0.24 * len(rows))
-    ax, table = fig.subplots(1, 2, sharey=True, width_ratios=(2, 3))
-    for y, row in enumerate(rows):
-        color = expert_color(0) if row['lesson'] == lesson else 'black' if lesson is None else '#888888'
-        ax.plot(row['bpb'], [y] * len(row['bpb']), 'o', color=color, alpha=0.6, ms=5)
-        figures = (
-            f'{row["tok_per_s"] / 1000:,.0f}k',
-            f'{row["params"] / 1000:,.0f}k',
-            f'{row["active"] / 1000:,.0f}k',
-            '–' if row['max_load'] is None else f'{row["max_load"]:.1f}',
-            '–' if row['dead'] is None else f'{row["dead"]:.0f}',
-            '–' if row['dropped'] is None else f'{row["dropped"]:.0%}',
-        )
-        for x, text in enumerate((f'{sum(row["bpb"]) / len(row["bpb"]):.3f}', *figures)):
-            table.text(x + 0.9, y, text, ha='right', va='center', color=color, fontsize=8)
-    heads = 'bits/byte', 'tokens/s', 'params', 'active', 'max load', 'dead', 'dropped'
-    for x, head in enumerate(heads):
-        table.text(x + 0.9, -1.1, head, ha='right', va='center', fontsize=8, weight='bold')
-    ax.set_yticks(range(len(rows)), [f'{row["lesson"]:02} {row["name"]}' for row in rows], fontsize=8)
-    ax.set(ylim=(len(rows) - 0.5, -1.6), xlabel='bits per byte, validation (each dot a seed)')
-    ax.grid(axis='y', alpha=0.2)
-    table.set(xlim=(0, len(heads)))
-    table.axis('off')
-    return fig
+    heads = 'lesson, run, bits per byte, tokens/s, parameters, active, max load, dead, dropped'.split(', ')
+    lines = [f'| {" | ".join(heads)} |', '|--:|---|' + '--:|' * (len(heads) - 2)]
+    for row in rows:
+        if lesson is not None and row['lesson'] > lesson:
+            continue
+        low, high = min(row['bpb']), max(row['bpb'])
+        fields = [
+            f'{row["lesson"]:02}',
+            row['name'],
+            f'{sum(row["bpb"]) / len(row["bpb"]):.3f} ± {(high - low) / 2:.3f}',
+            f'{row["tok_per_s"]:,.0f}',
+            f'{row["params"]:,}',
+            f'{row["active"]:,}',
+        ]
+        if row['max_load'] is None:
+            fields += ['–'] * 3
+        else:
+            fields += [f'{row["max_load"]:.1f}', f'{row["dead"]:.0f}', f'{row["dropped"]:.0%}']
+        mark = '**' if row['lesson'] == lesson else ''
+        lines.append('| ' + ' | '.join(f'{mark}{field}{mark}' for field in fields) + ' |')
+    return Markdown('\n'.join(lines))
 
 # %% ../nbs/05_viz.ipynb #decisions
 def decisions(routings: dict, title: str = '') -> Figure:

@@ -1,9 +1,10 @@
-"""Run the rows of the course's scoreboard, three seeds each in turn, and write assets/scoreboard.json.
+"""Run the rows of the course's scoreboard, two seeds each in turn, and write assets/scoreboard.json.
 
     python tools/scoreboard.py [LESSON...]      # all rows, or those of these lessons
 
 The rows of lesson 00 run its notebook's cells, all others the command that the file names. Same text, same
-number of tokens, bits per byte on the whole validation text.
+number of tokens, bits per byte on the whole validation text. The speed is that of 40 more steps, measured one
+row after the other at the end.
 """
 
 import json
@@ -21,7 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / 'assets' / 'scoreboard.json'
-SEEDS = 1, 2, 3
+SEEDS = 1, 2
+SHORT = '--max_iters=40 --eval_interval=40 --checkpoint_interval=40 --eval_iters=1'
 LESSON_00 = {'dense': ('MLP', 0), 'eight experts, K = 1': ('MoE', 0), '+ load-balancing loss': ('MoE', 0.01)}
 START = 'python -m nanomoe.train configs/first_mixture.toml'
 ROWS = [
@@ -147,7 +149,13 @@ def main():
             runs.setdefault((row['lesson'], row['name']), []).append(row)
             print(seed, row, flush=True)
     old = json.loads(FILE.read_text()) if FILE.exists() else dict(rows=[], curves={})
-    rows = [row for row in old['rows'] if row['lesson'] not in wanted] + list(map(merged, runs.values()))
+    rows = list(map(merged, runs.values()))
+    for row in rows:
+        if row['lesson']:
+            options = next(o for lesson, name, o in ROWS if (lesson, name) == (row['lesson'], row['name']))
+            short = one_run(row['lesson'], row['name'], f'{options} {SHORT}', SEEDS[0])
+            row['tok_per_s'] = short['tok_per_s']
+    rows += [row for row in old['rows'] if row['lesson'] not in wanted]
     order = [(0, name) for name in LESSON_00] + [row[:2] for row in ROWS]
     rows = sorted(
         (r for r in rows if (r['lesson'], r['name']) in order),
