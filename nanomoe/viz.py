@@ -649,13 +649,13 @@ def scoreboard(lesson: int | None = None):
             row['name'],
             f'{sum(row["bpb"]) / len(row["bpb"]):.3f} ± {(high - low) / 2:.3f}',
             f'{row["tok_per_s"]:,.0f}',
-            f'{row["params"]:,}',
-            f'{row["active"]:,}',
+            f'{row["params"]:,.0f}',
+            f'{row["active"]:,.0f}',
         ]
         if row['max_load'] is None:
             fields += ['–'] * 3
         else:
-            fields += [f'{row["max_load"]:.1f}', f'{row["dead"]:.0f}', f'{row["dropped"]:.0%}']
+            fields += [f'{row["max_load"]:.1f}', f'{row["dead"]:g}', f'{row["dropped"]:.0%}']
         mark = '**' if row['lesson'] == lesson else ''
         lines.append('| ' + ' | '.join(f'{mark}{field}{mark}' for field in fields) + ' |')
     return Markdown('\n'.join(lines))

@@ -135,7 +135,7 @@ def merged(rows: list[dict]) -> dict:
     "One row for all seeds: every seed's bits per byte, the median of the rest."
     first = dict(rows[0], bpb=[row['bpb'] for row in rows])
     numbers = {k for k, v in first.items() if isinstance(v, int | float) and k != 'lesson'}
-    return first | {k: statistics.median(row[k] for row in rows) for k in numbers}
+    return first | {k: statistics.median(row[k] for row in rows) for k in numbers - {'params', 'active'}}
 
 
 def main():
