@@ -36,7 +36,7 @@ lab: .venv/installed
 	@$(BIN)/nbdev_export
 	@test -f data/onboard/manifest.json || $(BIN)/python -m nanomoe.data onboard
 	@test -f data/numbers/manifest.json || $(BIN)/python -m nanomoe.data numbers
-	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $$(test $$(id -u) -ne 0 || echo --allow-root)
+	@env -u OMP_NUM_THREADS $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $$(test $$(id -u) -ne 0 || echo --allow-root)
 
 cuda:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then $(PYTHON) tools/cuda.py $(ARGS); \
