@@ -180,10 +180,10 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
 PRESET_NOTES = {
     'tiny': 'arithmetic, in ten seconds',
     'onboard': 'minutes on 2 CPU cores: what make train runs',
-    'onboard_modern': 'like onboard, from the components of Qwen3-MoE, for export',
+    'onboard_modern': 'like onboard, Qwen3-MoE style, for export',
     'nano_moe': "nanoMoE's published run",
     'nano_moe_dense': 'the same without experts',
-    'modern': 'the FLOPs of nano_moe in 64 experts, in the style of Qwen3-MoE',
+    'modern': 'nano_moe in 64 experts, Qwen3-MoE style',
     'gpt2': "nanoGPT's GPT-2, from scratch",
     'shakespeare': 'experts on Tiny Shakespeare',
     'shakespeare_char': "nanoGPT's dense character-level model",

@@ -18,7 +18,7 @@ def test_running_again_gives_the_same_bytes(name, tmp_path):
     def run(folder: str) -> bytes:
         place = tmp_path / folder
         (place / 'nbs').mkdir(parents=True)
-        for other in ('settings.ini', 'nanomoe', 'data'):
+        for other in ('settings.ini', 'nanomoe', 'data', 'assets'):
             (place / other).symlink_to(ROOT / other)
         shutil.copytree(ROOT / 'tools', place / 'tools')
         copy = Path(shutil.copy(ROOT / 'nbs' / f'{name}.ipynb', place / 'nbs'))
