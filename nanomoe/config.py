@@ -6,7 +6,7 @@
 __all__ = ['OTHER_NAMES', 'RENAMED', 'REMOVED', 'RENAMED_VALUES', 'CHANGEABLE', 'ModelConfig', 'TrainConfig', 'BadInput',
            'likeness', 'nearest', 'no_option', 'check_name', 'check_kinds', 'renamed_value', 'spelled', 'field_names',
            'to_dict', 'from_dict', 'of_earlier', 'model_problems', 'allowed_changes', 'train_problems', 'conflicts',
-           'check', 'without_effect', 'moved']
+           'parallel_problems', 'check', 'without_effect', 'moved']
 
 # %% ../nbs/30_config.ipynb #imports
 import dataclasses, difflib, importlib, math, types, typing, warnings
@@ -120,6 +120,7 @@ class TrainConfig:
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     # compute dtype; auto is bfloat16 if supported
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+    expert_parallel: int = 1  # processes over which the experts of each layer are spread
     backend: str = 'auto'  # torch.distributed backend; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere
     deterministic: bool = (
@@ -366,6 +367,7 @@ def train_problems(t: TrainConfig) -> list[str]:
         'checkpoint_interval',
         'keep_checkpoints',
         'max_iters',
+        'expert_parallel',
     ):
         need(getattr(t, name) >= 1, f'{name} must be at least 1, got {getattr(t, name)}')
     need(t.warmup_iters >= 0, f'warmup_iters must be at least 0, got {t.warmup_iters}')
@@ -441,6 +443,19 @@ def conflicts(m: ModelConfig) -> list[str]:
         )
     return out
 
+# %% ../nbs/30_config.ipynb #check-parallel
+def parallel_problems(m: ModelConfig, t: TrainConfig) -> list[str]:
+    "One sentence for each rule that the model breaks when its experts are spread over processes."
+    P, out = t.expert_parallel, []
+    if P > 1 and m.n_experts % P:
+        out.append(f'n_experts must be a multiple of expert_parallel={P}, got {m.n_experts}')
+    if P > 1 and m.router == 'expert_choice':
+        out.append(
+            'expert_parallel must be 1 with router=expert_choice, whose experts choose among the tokens of '
+            f'one process, got {P}'
+        )
+    return out
+
 # %% ../nbs/30_config.ipynb #check-all
 def check(model: ModelConfig, train: TrainConfig | None = None):
     """Raise `BadInput` with every broken rule, one sentence a line.
@@ -451,7 +466,7 @@ def check(model: ModelConfig, train: TrainConfig | None = None):
         cfg and check_kinds(cfg)
     problems = model_problems(model)
     if train is not None:
-        problems += train_problems(train) + conflicts(model)
+        problems += train_problems(train) + conflicts(model) + parallel_problems(model, train)
     if problems:
         raise BadInput('\n'.join(problems))
 

@@ -110,6 +110,7 @@ class MoE(nn.Module):
 
     Dropless unless a capacity factor is set; then each expert takes S assignments at most. Shared
     experts (2401.06066 §3.2) process every token, as one MLP. Hash routing needs the token `ids` (B, T).
+    `run`, the function that takes tokens to the experts and back, is `run_experts` unless it is replaced.
 
     >>> y, routing = nanomoe.MoE(nanomoe.ModelConfig(n_embd=32, n_experts=4))(torch.zeros(2, 5, 32))
     >>> y.shape, routing.expert_ids.shape
@@ -121,6 +122,7 @@ class MoE(nn.Module):
         self.cfg, self.router, self.experts = cfg, make_router(cfg), Experts(cfg)
         shared = cfg.n_shared_experts * cfg.d_expert
         self.shared = MLP(cfg, shared) if shared else None
+        self.run = run_experts
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         tokens = x.reshape(-1, x.size(-1))  # (N, C)
@@ -134,7 +136,7 @@ class MoE(nn.Module):
             n_rows = None
             if factor is not None:
                 routing, n_rows = drop_over_capacity(routing, self.cfg, factor, len(x))
-            y = run_experts(self.experts, tokens, routing, n_rows)
+            y = self.run(self.experts, tokens, routing, n_rows)
         if self.shared:
             y = y + self.shared(tokens)
         return y.view(x.shape), routing
@@ -302,7 +304,7 @@ class Permute(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         inverse, reached = ctx.saved_tensors
         if reached is None:
-            grad = grad.index_select(0, inverse.flatten()).view(*inverse.shape, -1).sum(1)
+            grad = grad.index_select(0, inverse.flatten()).view(*inverse.shape, grad.size(1)).sum(1)
         else:
             grad = F.embedding_bag(inverse, grad, per_sample_weights=reached.to(grad.dtype), mode='sum')
         return grad, None, None, None

@@ -43,8 +43,11 @@ class Muon(torch.optim.AdamW):
     Scaled to the usual size of AdamW's step, so that one learning rate serves both (2502.16982 eq. 4).
     Matrices of equal shape are batched; each process orthogonalizes its share, and an all-reduce combines
     them. A matrix whose gradient is zero, such as an expert without tokens, only decays: orthogonalized, old
-    momentum never fades.
+    momentum never fades. Where the experts are spread over processes, `expert_copies` are those that hold the
+    same ones as this.
     """
+
+    expert_copies: dist.ProcessGroup | None = None
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -60,9 +63,10 @@ class Muon(torch.optim.AdamW):
         super().step()
         shapes = {}
         for member in moving:
-            shapes.setdefault(member[0].shape[-2:], []).append(member)
-        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for shape, members in shapes.items():
+            peers = self.expert_copies if member[1].get('kind') == 'expert' else None
+            shapes.setdefault((member[0].shape[-2:], peers), []).append(member)
+        for (shape, peers), members in shapes.items():
+            rank, size = (dist.get_rank(peers), dist.get_world_size(peers)) if dist.is_initialized() else (0, 1)
             stack = torch.cat([self.ahead(p, grad).view(-1, *shape) for p, _, grad in members])  # (n, *shape)
             alive = (
                 torch.cat([grad.view(-1, *shape).abs().amax((1, 2), keepdim=True) for _, _, grad in members])
@@ -70,7 +74,7 @@ class Muon(torch.optim.AdamW):
             )
             updates = torch.zeros_like(stack)
             updates[rank::size] = newton_schulz(stack[rank::size]) * alive[rank::size]
-            parts = all_reduce(updates).split([p.numel() // shape.numel() for p, _, _ in members])
+            parts = all_reduce(updates, group=peers).split([p.numel() // shape.numel() for p, _, _ in members])
             for (p, group, _), d in zip(members, parts):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.add_(d.view_as(p), alpha=-group['lr'] * 0.2 * max(shape) ** 0.5)

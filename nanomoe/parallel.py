@@ -31,24 +31,28 @@ class DistContext(NamedTuple):
     size: int = 1
     device: torch.device = torch.device('cpu')
     tick: Callable[[], None] = lambda: None  # to be called whenever a stretch of work is done
+    store: dist.Store | None = None  # where processes leave notes for each other
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
 # %% ../nbs/11_parallel.ipynb #reduce
-def all_reduce(t: Tensor, op: str = 'sum') -> Tensor:
-    "Sum, min or max of t over all processes, in place; t itself in a world of one."
+def all_reduce(t: Tensor, op: str = 'sum', group: dist.ProcessGroup | None = None) -> Tensor:
+    "Sum, min or max of t over all processes, or those of `group`, in place; t itself in a world of one."
     if dist.is_initialized():
-        dist.all_reduce(t, op=getattr(dist.ReduceOp, op.upper()))
+        dist.all_reduce(t, op=getattr(dist.ReduceOp, op.upper()), group=group)
     return t
 
 
-def wrap_ddp(model: torch.nn.Module, world: DistContext) -> torch.nn.Module:
-    "The model, averaging its gradients over all processes in every backward pass."
+def wrap_ddp(model: torch.nn.Module, world: DistContext, leave: list[str] = ()) -> torch.nn.Module:
+    """The model, averaging its gradients over all processes in every backward pass, but those of the
+    parameters named in `leave`.
+    """
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == 'cuda' else None
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, leave)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # torch 2.13 has a new name for the last option
         # buffers change alike on all processes
@@ -353,6 +357,7 @@ def process_group(device: str = 'auto', backend: str = 'auto', hang_timeout: flo
         watchdog = Watchdog(dist.PrefixStore('watchdog', store), world.rank, world.size, hang_timeout)
     failed = True
     try:
+        world = world._replace(store=dist.PrefixStore('notes', store))
         yield world._replace(tick=watchdog.tick) if watchdog else world
         failed = False
     except GeneratorExit:  # the caller stopped early, which is no error

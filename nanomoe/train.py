@@ -46,6 +46,7 @@ from nanomoe.dataset import (
     target_domains,
     training_batch,
 )
+from .expert_parallel import ExpertParallel, is_expert
 from .experts import MoE
 from .files import Lines, cut_log, resolve, print_status, write_whole
 from .losses import update_bias
@@ -80,11 +81,13 @@ def evaluate(
     batch_size: int,
     autocast,
     world: DistContext = DistContext(),
+    together: bool = False,
 ) -> dict:
     """Mean cross-entropy in nats and bits per byte on the windows at `starts`, also per domain, with the
     load.
 
-    Every process takes its share of the batches, through the bare model, and all return the same numbers.
+    Every process takes its share of the batches, through the bare model, and all return the same numbers. With
+    `together`, for experts spread over processes, each computes in every round, also when no batch is left.
     """
     cfg, was_training = model.cfg, model.training
     model.eval()
@@ -96,15 +99,17 @@ def evaluate(
     batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
 
     def read(n):
-        return *batch_at(data, batches[n], cfg.block_size), target_domains(data, batches[n], cfg.block_size)
+        starts = batches[n % len(batches)]
+        return *batch_at(data, starts, cfg.block_size), target_domains(data, starts, cfg.block_size)
 
-    feed = Feed(read, world.device, world.size, len(batches))
-    for number in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
+    rounds = math.ceil(len(batches) / world.size) * world.size
+    feed = Feed(read, world.device, world.size, rounds if together else len(batches))
+    for number in range(world.rank, rounds, world.size):
         world.tick()  # as often on every process
-        if number >= len(batches):
+        if number >= len(batches) and not together:
             break
         x, y, domain = feed[number]  # (B, T) each
-        y, domain = y.flatten(), domain.flatten()
+        y, domain = y.flatten() if number < len(batches) else torch.full_like(y, -1).flatten(), domain.flatten()
         with autocast:
             hidden, routings = model.hidden(x)
             nats = token_losses(hidden.flatten(0, 1), model.wte.weight, y)  # (N,)
@@ -168,7 +173,10 @@ class RunState:
         self.verifying = verify_in_background(self.data, self.val)
         self.model_cfg = fit_vocabulary(model_cfg, self.data)
         torch.manual_seed(cfg.seed)
-        self.model = self.first_model().to(world.device)
+        self.model = self.first_model()
+        self.sizes = n_params(self.model)  # total and active
+        self.experts = ExpertParallel(self.model, world, cfg.expert_parallel)
+        self.model.to(world.device)
         self.optimizer = make_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -225,14 +233,22 @@ class SharedRun(RunState):
                 f'the processes would continue from steps {oldest:.0f} to {newest:.0f}; '
                 f'out_dir {self.out_dir} must hold the same checkpoints on every machine'
             )
-        self.shared = wrap_ddp(self.model, world)
+        pid = torch.tensor(os.getpid() * world.first, device=world.device)
+        self.draft = str(all_reduce(pid, 'max').item())  # names this start's temporary folders, for all alike
+        self.experts.connect(self.optimizer)
+        self.shared = wrap_ddp(self.model, world, self.experts.names)
         try:
             yield
         finally:
             # What averages must go before the group that it uses: the other way round, its destructor waits
             # for gloo's thread, which now and then waits for this one.
             self.shared = self.model
+            self.experts.disconnect()
             gc.collect()
+
+    def any_holder(self, here: bool) -> bool:
+        "Whether the condition holds on any process that holds other experts than this one."
+        return self.any_process(here) if self.experts.size > 1 else bool(here)
 
     def any_process(self, here: bool) -> bool:
         "Whether the condition holds on any process; all get the same answer."
@@ -349,8 +365,10 @@ class TrainStep(Counts):
         self.counts = self.count_ahead(first)
         parts = [self.micro_batch(first + i, last=i == self.micro_batches[-1]) for i in self.micro_batches]
         packed = torch.stack(parts).sum(0)
+        self.experts.average_gradients()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        self.experts.share_overflow(self.scaler, self.optimizer)
+        norm = self.experts.clip_grad_norm(cfg.grad_clip or math.inf)
         bad, stop = (~torch.isfinite(norm + packed[0])).float(), packed.new_full((), bool(self.stop.signals))
         total = all_reduce(torch.cat([packed, bad[None], stop[None]]))
         host_copy = torch.cat([total, norm[None]]).cpu()  # the only host sync
@@ -483,38 +501,43 @@ class Saving(RunFolder):
     "A run that writes checkpoints while it trains"
 
     def save_checkpoint(self, halt: bool):
-        """Start a checkpoint of this step from the first process; it is written while training continues,
-        unless it is to `halt`.
+        """Start a checkpoint of this step; it is written while training continues, unless it is to `halt`.
+
+        The first process writes, and where the experts are spread, each that holds other experts.
 
         None is made in a streak of skipped updates, whose weights may be what makes the loss NaN. Raises
         `RuntimeError` where the weights are not finite.
         """
         if self.skipped_in_a_row or self.saved_at == self.step:
             return
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+        if self.any_holder(not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()):
             raise RuntimeError(
                 f'the weights are not finite after step {self.step}; is '
                 f'learning_rate={self.cfg.learning_rate} too large? {self.roll_back(self.step)}'
             )
-        if not self.world.first:
-            return
         limit = self.cfg.hang_timeout / 2 or None  # the others wait meanwhile
-        if not halt and futures.wait([self.saver.writing], limit).not_done:
-            print_status(
-                f'step {self.step}: the checkpoint before is still being written, so this one is skipped',
-                sys.stderr,
-            )
+        if self.any_holder(not halt and bool(futures.wait([self.saver.writing], limit).not_done)):
+            if self.world.first:
+                print_status(
+                    f'step {self.step}: the checkpoint before is still being written, so this one is skipped',
+                    sys.stderr,
+                )
             return
-        self.keep_folder()
         self.saved_at = self.step
+        if self.world.rank >= self.experts.size:
+            return
+        if self.world.first:
+            self.keep_folder()
         self.wait_for_checkpoint()  # the one before
-        for lines in (self.samples, self.log):
+        for lines in (self.samples, self.log) if self.world.first else ():
             lines.write(sync=True)  # none before this step may be missing later
         names = parameter_names(self.model, self.optimizer)
         tensors = {
             'model': self.model.state_dict(),
             'optim': checkpoint.optimizer_tensors(self.optimizer, names),
         }
+        if not self.world.first:
+            tensors = {group: {n: t for n, t in members.items() if is_expert(n)} for group, members in tensors.items()}
         meta = {
             'config': to_dict(self.model_cfg, self.cfg),
             'data': fingerprint(self.data),
@@ -531,6 +554,7 @@ class Saving(RunFolder):
             meta,
             self.cfg.keep_checkpoints,
             checkpoint.best_step(self.out_dir, self.evaluations),
+            checkpoint.Writers(self.world.rank, self.experts.size, self.world.store, self.draft),
         )
 
 # %% ../nbs/09_train.ipynb #resume-state
@@ -566,9 +590,9 @@ class Checkpoints(Saving):
         Raises `BadInput` where they are not those of this run.
         """
         try:
-            fill(self.model, found.tensors['model'])
+            fill(self.model, self.experts.share(found.tensors['model']))
             names = parameter_names(self.model, self.optimizer)
-            checkpoint.load_optimizer(self.optimizer, names, found.tensors['optim'])
+            checkpoint.load_optimizer(self.optimizer, names, self.experts.share(found.tensors['optim']))
             if found.meta['scaler'] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(found.meta['scaler'])
             self.step, self.skipped = found.step, found.meta['skipped']
@@ -609,7 +633,12 @@ class SafeRun(Checkpoints):
         return f'the same command resumes from {good[-1]}, best with a lower learning_rate'
 
     def save_before_stop(self):
-        "Save the last complete step: between two updates, weights and counters do not change."
+        """Save the last complete step: between two updates, weights and counters do not change.
+
+        Not where the experts are spread: the other processes may be in another step.
+        """
+        if self.experts.size > 1:
+            return
         with self.changing:
             if self.last and (self.newest is None or self.newest.step < self.step):
                 self.newest = self.make_record(*self.last, 0.0)
@@ -620,9 +649,9 @@ class SafeRun(Checkpoints):
 
     def finish(self):
         "Wait for the last checkpoint and the last lines; raises `RuntimeError` where the disk refused them."
+        written = self.wait_for_checkpoint()
         if not self.world.first:
             return
-        written = self.wait_for_checkpoint()
         for lines in (self.samples, self.log):
             lines.write()
         written = written and self.samples.written and self.log.written
@@ -681,9 +710,11 @@ class Logged(SafeRun):
         record = self.newest
         if self.is_due('eval'):
             record = record._replace(val=self.validate(everything=self.step == self.cfg.max_iters))
-        if self.world.first:
+        first, spread = self.world.first, self.experts.size > 1  # spread experts serve the first process only if
+        samples = list(routed_text(self)) if record.val and (first or spread) else []  # all compute the samples
+        if first:
             self.keep_folder()
-            for row in routed_text(self) if record.val else []:
+            for row in samples:
                 self.samples.append(row)
             self.log.append(record.row())
             self.evaluations += evaluations([record.row()])
@@ -696,7 +727,7 @@ class Logged(SafeRun):
         T, B = self.model_cfg.block_size, self.cfg.batch_size
         n = len(self.val) if everything else self.cfg.eval_iters * B
         starts = sample_sequences(self.val, T, n)
-        return evaluate(self.model, self.val, starts, B, self.autocast, self.world)
+        return evaluate(self.model, self.val, starts, B, self.autocast, self.world, self.experts.size > 1)
 
     def evaluation_record(self) -> Record:
         "A record of the weights as they are: validation figures, without what only an update has."
@@ -862,7 +893,7 @@ def print_progress(line: str, keep: bool):
 # %% ../nbs/09_train.ipynb #heading
 def heading(run: Trainer, given: list[str] = ()) -> str:
     "What a run is about to do, the given options that have no effect, and what it resumes."
-    cfg, (total, active) = run.cfg, n_params(run.model)
+    cfg, (total, active) = run.cfg, run.sizes
     passes, processes = run.tokens_per_step * cfg.max_iters / len(run.data), run.world.size
     lines = [
         f'model       {total:,} parameters, {active:,} active per token',
@@ -870,7 +901,8 @@ def heading(run: Trainer, given: list[str] = ()) -> str:
         f'batch       {run.tokens_per_step:,} tokens per step; {cfg.max_iters:,} steps are '
         f'{passes:.2g} times the data',
         f'device      {run.world.device.type}, {str(run.dtype).removeprefix("torch.")}, {processes} '
-        f'process{"es" * (processes > 1)}',
+        f'process{"es" * (processes > 1)}'
+        + f', experts over {cfg.expert_parallel} of them' * (cfg.expert_parallel > 1),
         f'folder      {run.out_dir}',
     ]
     idle = without_effect(run.model_cfg, cfg, given)
