@@ -106,7 +106,9 @@ def report_part(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], wr
 
 
 def other_parts(draft: Path, step: int, writers: Writers, patience: float = 3600) -> dict[str, str]:
-    "Wait for the notes of the other processes: the checksums of their files, which must be in the same folder."
+    """Wait for the notes of the other processes: the checksums of their files, which must be in the same
+    folder.
+    """
     sums, until = {}, time.monotonic() + patience
     for index in range(1, writers.total):
         while not writers.store.check([f'{step} {index}']):  # a blocking wait would block the store for all
@@ -179,7 +181,10 @@ def joined(files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         for key, tensor in files[name].items():
             members.setdefault(key, []).append(tensor)
     return {
-        group: {key: torch.cat(parts) if parts[1:] and parts[0].dim() else parts[0] for key, parts in members.items()}
+        group: {
+            key: torch.cat(parts) if parts[1:] and parts[0].dim() else parts[0]
+            for key, parts in members.items()
+        }
         for group, members in groups.items()
     }
 

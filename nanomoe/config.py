@@ -32,8 +32,7 @@ class ModelConfig:
     positions: Literal['learned', 'rotary'] = 'learned'
     qk_norm: bool = False  # RMS norm of each query and key, which keeps attention scores from growing
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # rmsnorm neither centers nor has a bias
-    # probability of zeroing an activation in training; 0 for pretraining, 0.1 and up for finetuning
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations set to 0 in training; for finetuning, 0.1 and up
     bias: bool = False  # biases in linear layers, experts and layer norms, as in GPT-2
     # gelu_tanh is GPT-2's; swiglu gates the hidden layer by a third matrix
     activation: Literal['gelu', 'gelu_tanh', 'swiglu'] = 'gelu'
@@ -46,6 +45,8 @@ class ModelConfig:
     n_shared_experts: int = 0
     # how experts are scored and chosen
     router: Literal['softmax', 'noisy', 'sigmoid', 'expert_choice', 'hash'] = 'softmax'
+    n_groups: int = 1  # groups of experts, such as those of one machine; for top_groups
+    top_groups: int | None = None  # groups from which a token may choose its experts; None is all
     jitter: float = 0.0  # the router's input is multiplied by a random factor in 1 ± jitter in training
     norm_topk_prob: bool = False  # scale the gates of the K chosen experts so that they sum to 1
     router_float32: bool = True  # compute the router in float32 even under autocast
@@ -57,8 +58,7 @@ class ModelConfig:
     # which tokens win when an expert is full: by choice rank, position or gate
     priority: Literal['choice', 'token', 'gate'] = 'choice'
     balance: Literal['none', 'switch', 'nano_moe', 'bias'] = 'switch'  # load-balancing method
-    # which tokens are balanced together; global is the whole step over all processes, which costs one more
-    # forward pass with gradient accumulation
+    # which tokens are balanced together; global, a step of all processes, may cost one more forward pass
     balance_over: Literal['micro_batch', 'sequence', 'global'] = 'micro_batch'
     bias_rate: float = 0.001  # update step of the per-expert bias; only for balance=bias, which adds no loss
     aux_loss_weight: float = 0.01  # weight of the load-balancing loss, summed over layers
@@ -327,6 +327,21 @@ def model_problems(m: ModelConfig) -> list[str]:
         need(
             1 <= m.top_k <= m.n_experts, f'top_k must be between 1 and n_experts={m.n_experts}, got {m.top_k}'
         )
+    need(m.n_groups >= 1, f'n_groups must be at least 1, got {m.n_groups}')
+    if m.top_groups is not None and m.n_groups >= 1:
+        need(
+            m.n_experts % m.n_groups == 0,
+            f'n_experts must be a multiple of n_groups={m.n_groups}, got {m.n_experts}',
+        )
+        need(
+            1 <= m.top_groups <= m.n_groups,
+            f'top_groups must be between 1 and n_groups={m.n_groups}, got {m.top_groups}',
+        )
+        room = m.top_groups * (m.n_experts // m.n_groups)
+        need(
+            m.top_k <= room,
+            f'top_k must be at most the {room} experts of top_groups={m.top_groups} groups, got {m.top_k}',
+        )
     for name in ('capacity_factor', 'eval_capacity_factor'):
         f = getattr(m, name)
         need(
@@ -342,7 +357,7 @@ def model_problems(m: ModelConfig) -> list[str]:
 # no weight's shape depends on these
 CHANGEABLE = (
     'top_k norm_topk_prob capacity_factor eval_capacity_factor min_capacity capacity_over priority balance '
-    'aux_loss_weight balance_over bias_rate router_z_loss_weight jitter dropout'
+    'aux_loss_weight balance_over bias_rate router_z_loss_weight jitter dropout n_groups top_groups'
 ).split()
 
 
@@ -434,6 +449,8 @@ def conflicts(m: ModelConfig) -> list[str]:
             'capacity_factor and eval_capacity_factor must be set with router=expert_choice, as they say '
             f'how many tokens an expert takes, got {m.capacity_factor} and {m.eval_capacity_factor}',
         )
+    if m.router in ('expert_choice', 'hash'):
+        need(m.top_groups is None, f'top_groups must be None with router={m.router}, got {m.top_groups}')
     need(m.router != 'hash' or m.jitter == 0, f'jitter must be 0 with router=hash, got {m.jitter}')
     for option in ('capacity_over', 'priority'):
         value, default = getattr(m, option), getattr(ModelConfig, option)
@@ -481,7 +498,8 @@ def without_effect(model: ModelConfig, train: TrainConfig, given: list[str]) -> 
     dropless = model.capacity_factor is model.eval_capacity_factor is None
     when(
         model.n_experts == 1,
-        'top_k moe_every router jitter norm_topk_prob expert_width router_float32 capacity_factor '
+        'top_k moe_every router n_groups top_groups jitter norm_topk_prob expert_width router_float32 '
+        'capacity_factor '
         'eval_capacity_factor '
         'min_capacity '
         'capacity_over priority balance balance_over bias_rate aux_loss_weight router_z_loss_weight '
@@ -489,6 +507,7 @@ def without_effect(model: ModelConfig, train: TrainConfig, given: list[str]) -> 
         'n_experts=1',
     )
     when(dropless, 'min_capacity', 'capacity_factor=None')
+    when(model.top_groups is None, 'n_groups', 'top_groups=None')
     when(model.balance != 'bias', 'bias_rate', f'balance={model.balance}')
     sparse_everywhere = model.n_experts > 1 and model.moe_every == 1 and model.expert_width is not None
     when(sparse_everywhere, 'mlp_width', 'moe_every=1')

@@ -110,7 +110,6 @@ class MoE(nn.Module):
 
     Dropless unless a capacity factor is set; then each expert takes S assignments at most. Shared
     experts (2401.06066 §3.2) process every token, as one MLP. Hash routing needs the token `ids` (B, T).
-    `run`, the function that takes tokens to the experts and back, is `run_experts` unless it is replaced.
 
     >>> y, routing = nanomoe.MoE(nanomoe.ModelConfig(n_embd=32, n_experts=4))(torch.zeros(2, 5, 32))
     >>> y.shape, routing.expert_ids.shape
@@ -122,7 +121,6 @@ class MoE(nn.Module):
         self.cfg, self.router, self.experts = cfg, make_router(cfg), Experts(cfg)
         shared = cfg.n_shared_experts * cfg.d_expert
         self.shared = MLP(cfg, shared) if shared else None
-        self.run = run_experts
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         tokens = x.reshape(-1, x.size(-1))  # (N, C)
@@ -136,10 +134,13 @@ class MoE(nn.Module):
             n_rows = None
             if factor is not None:
                 routing, n_rows = drop_over_capacity(routing, self.cfg, factor, len(x))
-            y = self.run(self.experts, tokens, routing, n_rows)
+            y = self.run(tokens, routing, n_rows)
         if self.shared:
             y = y + self.shared(tokens)
         return y.view(x.shape), routing
+
+    def run(self, tokens: Tensor, routing: Routing, n_rows: int | None) -> Tensor:
+        return run_experts(self.experts, tokens, routing, n_rows)
 
 # %% ../nbs/02_experts.ipynb #grouped-product
 def rows_per_expert(x: Tensor, offsets: Tensor) -> list[int]:

@@ -288,7 +288,7 @@ ARCHITECTURES = {
         'Qwen3MoeConfig',
         'Qwen3MoeForCausalLM',
         lambda cfg: cfg.n_experts > 1,
-        _qwen3 | dict(router='softmax', n_shared_experts=0, eval_capacity_factor=None),
+        _qwen3 | dict(router='softmax', n_shared_experts=0, eval_capacity_factor=None, top_groups=None),
         qwen3_moe_entries,
         qwen3_shape,
         to_qwen3,

@@ -66,7 +66,9 @@ class Muon(torch.optim.AdamW):
             peers = self.expert_copies if member[1].get('kind') == 'expert' else None
             shapes.setdefault((member[0].shape[-2:], peers), []).append(member)
         for (shape, peers), members in shapes.items():
-            rank, size = (dist.get_rank(peers), dist.get_world_size(peers)) if dist.is_initialized() else (0, 1)
+            rank, size = (
+                (dist.get_rank(peers), dist.get_world_size(peers)) if dist.is_initialized() else (0, 1)
+            )
             stack = torch.cat([self.ahead(p, grad).view(-1, *shape) for p, _, grad in members])  # (n, *shape)
             alive = (
                 torch.cat([grad.view(-1, *shape).abs().amax((1, 2), keepdim=True) for _, _, grad in members])
@@ -74,7 +76,9 @@ class Muon(torch.optim.AdamW):
             )
             updates = torch.zeros_like(stack)
             updates[rank::size] = newton_schulz(stack[rank::size]) * alive[rank::size]
-            parts = all_reduce(updates, group=peers).split([p.numel() // shape.numel() for p, _, _ in members])
+            parts = all_reduce(updates, group=peers).split(
+                [p.numel() // shape.numel() for p, _, _ in members]
+            )
             for (p, group, _), d in zip(members, parts):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.add_(d.view_as(p), alpha=-group['lr'] * 0.2 * max(shape) ** 0.5)

@@ -76,7 +76,7 @@ def imports_of(name: str) -> set[str]:
 LATER = {
     'experts': {'capacity'},
     'optim': {'parallel'},
-    'train': {'parallel', 'sizing'},
+    'train': {'parallel', 'expert_parallel', 'sizing'},
     'sample': {'parallel'},
 }
 

@@ -421,6 +421,8 @@ def fill_disk(words: list[str], diary: Path, disk: Path):
     real = train.Trainer.train_step
 
     def update(run):
+        if run.step in (12, 28):
+            run.wait_for_checkpoint()
         if run.step == 12:
             fill(disk)
         if run.step == 28:
@@ -509,6 +511,8 @@ def limited(words: list[str], diary: Path, limit: int):
     real, hard = train.Trainer.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def update(run):
+        if run.step in (12, 28):
+            run.wait_for_checkpoint()
         if run.step == 12:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         if run.step == 28:

@@ -1,0 +1,210 @@
+"""Experts spread over processes: the numbers of one process, at any number of them, and across every change
+of it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanomoe import checkpoint
+from nanomoe.config import BadInput, ModelConfig, TrainConfig
+from nanomoe.expert_parallel import ExpertParallel, share_of, sort_arrived
+from nanomoe.metrics import read_log
+from nanomoe.model import GPT
+from nanomoe.optim import make_optimizer, parameter_names
+from nanomoe.parallel import DistContext
+
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
+STEPS = 60
+TINY = [
+    'tiny',
+    '--device=cpu',
+    f'--lr_decay_iters={STEPS}',
+    '--gradient_accumulation_steps=4',
+    '--batch_size=4',
+    '--eval_interval=20',
+    '--checkpoint_interval=20',
+    '--log_interval=1',
+    '--eval_iters=3',  # an odd number: in the last round a process has no batch of its own
+]
+KINDS = {
+    'Muon, capacity, bias': ['--optimizer=muon', '--capacity_factor=1.0', '--balance=bias'],
+    'AdamW, shared experts, SwiGLU, global': [
+        '--n_shared_experts=1',
+        '--bias=True',
+        '--activation=swiglu',
+        '--balance_over=global',
+        '--jitter=0.1',
+    ],
+}
+
+
+def train(
+    folder: Path, processes: int, *options, program=('-m', 'nanomoe.train')
+) -> subprocess.CompletedProcess:
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    command = [sys.executable, *(launcher if processes > 1 else []), *map(str, program)]
+    return subprocess.run(
+        [*command, *TINY, f'--max_iters={STEPS}', f'--out_dir={folder}', *options],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def largest(one: list[dict], other: list[dict], name: str) -> float:
+    "The largest difference of a figure between two logs of the same steps."
+    assert [row['step'] for row in one] == [row['step'] for row in other]
+    return max(abs(a[name] - b[name]) for a, b in zip(one, other) if name in a)
+
+
+@pytest.fixture(scope='module', params=KINDS)
+def alone(request, tmp_path_factory) -> tuple[list[str], Path]:
+    "Options, and the run with them on one process."
+    folder = tmp_path_factory.mktemp('alone') / 'run'
+    done = train(folder, 1, *KINDS[request.param])
+    assert done.returncode == 0, done.stderr
+    return KINDS[request.param], folder
+
+
+@pytest.mark.parametrize('processes, spread', [(2, 2), (4, 2), (4, 4)])
+def test_spread_experts_are_those_of_one_process(alone, tmp_path, processes, spread):
+    "Loss, gradient norm, evaluation, load and the weights at the end."
+    options, folder = alone
+    done = train(tmp_path / 'run', processes, *options, f'--expert_parallel={spread}')
+    assert done.returncode == 0, done.stderr
+    assert f'experts over {spread} of them' in done.stdout
+    one, many = (read_log(path / 'log.jsonl') for path in (folder, tmp_path / 'run'))
+    found = {name: largest(one, many, name) for name in ('ce', 'grad_norm', 'balance_loss', 'val_ce')}
+    print(f'\n{processes} processes, experts over {spread}:', {k: f'{v:.1e}' for k, v in found.items()})
+    assert max(found.values()) <= 1e-5
+    assert [row['val_load_numbers'] for row in one if 'val_ce' in row] == [
+        row['val_load_numbers'] for row in many if 'val_ce' in row
+    ]
+    weights = [checkpoint.load_latest(path).tensors for path in (folder, tmp_path / 'run')]
+    for group in ('model', 'optim'):
+        assert weights[0][group].keys() == weights[1][group].keys()
+        torch.testing.assert_close(weights[0][group], weights[1][group], atol=2e-4, rtol=2e-3)
+
+
+def test_the_number_of_processes_may_change(alone, tmp_path):
+    "Experts over two, then one process, then four: checkpoints are those of one model."
+    options, folder = alone
+    for last, processes in ((20, 2), (40, 1), (60, 4)):
+        done = train(tmp_path, processes, *options, f'--expert_parallel={processes}', f'--max_iters={last}')
+        assert done.returncode == 0, done.stderr
+        assert len(list(tmp_path.glob(f'step-{last:08d}/model*'))) == processes
+    one, mixed = (read_log(path / 'log.jsonl') for path in (folder, tmp_path))
+    assert largest(one, mixed, 'ce') <= 2e-6 and largest(one, mixed, 'grad_norm') <= 1e-5
+    texts = [
+        subprocess.run(
+            [sys.executable, '-m', 'nanomoe.sample', str(path), '--seed=1', '--device=cpu'],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for path in (folder, tmp_path)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) > 100
+
+
+FULL = """import os, sys
+from nanomoe import checkpoint, train
+real = checkpoint.write_tensors
+def write(path, tensors):
+    if os.environ['RANK'] == '1' and '-20-' in str(path): raise OSError(28, 'No space left on device')
+    real(path, tensors)
+checkpoint.write_tensors = write
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_disk_that_is_full_for_one_process(tmp_path):
+    """The checkpoint of that step is not there, the first process says whose part is missing, and the run
+    goes on.
+    """
+    (tmp_path / 'program.py').write_text(FULL)
+    program, folder = (tmp_path / 'program.py',), tmp_path / 'run'
+    done = train(folder, 2, '--expert_parallel=2', '--max_iters=40', program=program)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('could not be written (process 1: [Errno 28] No space left on device)') == 1
+    assert [path.name for path in checkpoint.steps(folder)] == ['step-00000040']
+    assert not list(folder.glob('.tmp-*'))
+
+
+def test_a_flipped_bit_in_one_part(tmp_path):
+    "The newest checkpoint is refused by name, and all processes continue from the one before."
+    done = train(tmp_path, 2, '--expert_parallel=2', '--max_iters=40')
+    assert done.returncode == 0, done.stderr
+    part = tmp_path / 'step-00000040' / 'optim-00002-of-00002.safetensors'
+    data = bytearray(part.read_bytes())
+    data[-9] ^= 4
+    part.write_bytes(data)
+    done = train(tmp_path, 2, '--expert_parallel=2')
+    assert done.returncode == 0 and f'{part} is not what was written' in done.stderr
+    assert 'resumed from step 20' in done.stdout
+    assert [row['step'] for row in read_log(tmp_path / 'log.jsonl')] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    'processes, options, sentence',
+    [
+        (1, ['--expert_parallel=2'], 'expert_parallel must divide the number of processes, 1, got 2'),
+        (
+            2,
+            ['--expert_parallel=2', '--n_experts=5'],
+            'n_experts must be a multiple of expert_parallel=2, got 5',
+        ),
+        (2, ['--expert_parallel=0'], 'expert_parallel must be at least 1, got 0'),
+        (
+            2,
+            [
+                '--expert_parallel=2',
+                '--router=expert_choice',
+                '--capacity_factor=1',
+                '--eval_capacity_factor=1',
+            ],
+            'expert_parallel must be 1 with router=expert_choice',
+        ),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(tmp_path, processes, options, sentence):
+    done = train(tmp_path / 'run', processes, *options)
+    assert sentence in done.stderr and not (tmp_path / 'run').exists()
+    assert processes > 1 or done.returncode == 2
+
+
+def test_shares_are_the_whole():
+    "Each process's share of a model and of its optimizer, joined as a checkpoint joins them."
+    cfg = ModelConfig(vocab_size=30, n_layer=2, n_head=2, n_embd=8, n_experts=6, bias=True)
+    model = GPT(cfg)
+    optimizer = make_optimizer(model, TrainConfig())
+    model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)).losses.total.backward()
+    optimizer.step()
+    state = checkpoint.optimizer_tensors(optimizer, parameter_names(model, optimizer))
+    for tensors in (model.state_dict(), state):
+        shares = [share_of(tensors, i, 3) for i in range(3)]
+        own = [{n: t for n, t in s.items() if i == 0 or '.experts.' in n} for i, s in enumerate(shares)]
+        files = {f'x-{i + 1:05d}-of-00003.safetensors': s for i, s in enumerate(own)}
+        torch.testing.assert_close(checkpoint.joined(files)['x'], dict(tensors), rtol=0, atol=0)
+    whole = {n: p.shape for n, p in model.named_parameters()}
+    spread = ExpertParallel(model, DistContext(1, 6), 3)
+    assert len(spread.names) == 4 and spread.index == 1
+    for name, p in model.named_parameters():
+        assert p.shape == (2, *whole[name][1:]) if name in spread.names else p.shape == whole[name]
+    with pytest.raises(BadInput, match='must divide the number of processes, 4, got 3'):
+        ExpertParallel(model, DistContext(1, 4), 3)
+
+
+def test_arrived_rows_are_sorted_by_expert():
+    counts = torch.tensor([[2, 0, 1], [1, 3, 0]], dtype=torch.int32)  # two senders, three experts
+    order, ends = sort_arrived(counts)
+    assert order.tolist() == [0, 1, 3, 4, 5, 6, 2] and ends.tolist() == [3, 6, 7]
+    order, ends = sort_arrived(counts * 0)
+    assert order.tolist() == [] and ends.tolist() == [0, 0, 0]
