@@ -707,3 +707,68 @@ def test_padding_counts_in_no_loss(change):
     )
     empty = model(x, torch.full_like(y, -1)).losses
     assert empty.total == 0 and empty.balance_loss == 0
+
+
+# ---- group-limited routing
+
+
+@pytest.mark.parametrize('n_groups, top_groups, top_k', [(8, 4, 8), (4, 1, 3), (2, 2, 4), (16, 5, 5)])
+def test_group_limited_routing_is_that_of_deepseek_v3(n_groups, top_groups, top_k):
+    "Experts and gates equal those of the router in transformers, with a bias too."
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    torch.manual_seed(0)
+    cfg = ModelConfig(
+        n_embd=24,
+        n_head=1,
+        n_experts=32,
+        top_k=top_k,
+        router='sigmoid',
+        norm_topk_prob=True,
+        balance='bias',
+        n_groups=n_groups,
+        top_groups=top_groups,
+    )
+    theirs = DeepseekV3TopkRouter(
+        DeepseekV3Config(
+            hidden_size=24,
+            n_routed_experts=32,
+            num_local_experts=32,
+            num_experts_per_tok=top_k,
+            n_group=n_groups,
+            topk_group=top_groups,
+            norm_topk_prob=True,
+            routed_scaling_factor=1.0,
+        )
+    )
+    ours = TopKRouter(cfg)
+    with torch.no_grad():
+        theirs.weight.copy_(ours.score.weight.normal_())
+        theirs.e_score_correction_bias.copy_(ours.bias.uniform_(-0.3, 0.3))
+    x = torch.randn(500, 24)
+    r = ours(x)
+    _, gates, ids = theirs(x)
+    order, same = ids.argsort(-1), r.expert_ids.argsort(-1)
+    assert torch.equal(ids.gather(1, order), r.expert_ids.gather(1, same))
+    torch.testing.assert_close(gates.gather(1, order), r.gates.gather(1, same))
+    assert (r.expert_ids // (32 // n_groups)).sort(-1).values.diff(dim=-1).ne(0).sum(-1).max() < top_groups
+
+
+@pytest.mark.parametrize(
+    'options, sentence',
+    [
+        (dict(n_groups=3, top_groups=1), 'n_experts must be a multiple of n_groups=3, got 8'),
+        (dict(n_groups=4, top_groups=5), 'top_groups must be between 1 and n_groups=4, got 5'),
+        (
+            dict(n_groups=4, top_groups=1, top_k=3),
+            'top_k must be at most the 2 experts of top_groups=1 groups, got 3',
+        ),
+        (dict(n_groups=0), 'n_groups must be at least 1, got 0'),
+        (dict(n_groups=2, top_groups=1, router='hash'), 'top_groups must be None with router=hash, got 1'),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(options, sentence):
+    with pytest.raises(BadInput) as e:
+        check(ModelConfig(**options), TrainConfig())
+    assert sentence in str(e.value)
