@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -543,13 +544,20 @@ def torchrun(
     )
 
 
-@pytest.fixture(scope='module')
-def two(words, tmp_path_factory) -> Path:
+class Two(NamedTuple):
+    "The words of a run on two processes, and its folder when nothing happened to it"
+
+    words: list[str]
+    folder: Path
+
+
+@pytest.fixture(scope='module', params=[1, 2], ids=['data parallel', 'experts spread'])
+def two(words, tmp_path_factory, request) -> Two:
     """The run that nothing happened to, on two processes.
 
     What averages has gone before the group it uses, or they may hang.
     """
-    folder = tmp_path_factory.mktemp('two')
+    folder, words = tmp_path_factory.mktemp('two'), [*words, f'--expert_parallel={request.param}']
     (folder / 'program.py').write_text(
         'import gc, sys, torch.distributed as dist\nfrom nanomoe import train\n'
         'from torch.nn.parallel import DistributedDataParallel\nreal = dist.destroy_process_group\n'
@@ -560,10 +568,10 @@ def two(words, tmp_path_factory) -> Path:
     )
     done = torchrun(folder / 'program.py', *words, f'--out_dir={folder}/run')
     assert done.returncode == 0, done.stderr
-    return folder / 'run'
+    return Two(words, folder / 'run')
 
 
-def test_a_crashed_process_heals_itself(words, two, tmp_path):
+def test_a_crashed_process_heals_itself(two, tmp_path):
     """`torchrun --max-restarts`: SIGKILL hits one process, then the other, and the run ends as if nothing had
     been.
     """
@@ -582,19 +590,19 @@ def test_a_crashed_process_heals_itself(words, two, tmp_path):
     done = torchrun(
         program,
         tmp_path / 'steps',
-        *words,
+        *two.words,
         f'--out_dir={tmp_path}/run',
         options=('--standalone', '--nproc_per_node=2', '--max-restarts=3'),
     )
     assert done.returncode == 0, done.stderr
-    assert_equal_runs(tmp_path / 'run', two)
+    assert_equal_runs(tmp_path / 'run', two.folder)
     for rank in (0, 1):
         steps = [int(line) for line in (tmp_path / f'steps.{rank}').read_text().splitlines()]
         assert set(steps) == set(range(60)) and len(steps) - 60 <= 2 * 5 + 2  # at most an interval, twice
 
 
 @pytest.mark.parametrize('how', ['SIGTERM to torchrun', 'Ctrl-C', 'SIGHUP under nohup'])
-def test_preemption(words, two, tmp_path, how):
+def test_preemption(two, tmp_path, how):
     "Both processes stop after the same step, which is saved, and go on bit for bit."
     command = [
         sys.executable,
@@ -604,7 +612,7 @@ def test_preemption(words, two, tmp_path, how):
         '--nproc_per_node=2',
         '-m',
         'nanomoe.train',
-        *words,
+        *two.words,
         '--checkpoint_interval=100',
         f'--out_dir={tmp_path}/run',
     ]
@@ -628,9 +636,9 @@ def test_preemption(words, two, tmp_path, how):
     process.communicate(timeout=90)
     saved = checkpoint.load_latest(tmp_path / 'run').step
     assert at <= saved <= at + 2 and saved < 60
-    done = torchrun('-m', 'nanomoe.train', *words, f'--out_dir={tmp_path}/run')
+    done = torchrun('-m', 'nanomoe.train', *two.words, f'--out_dir={tmp_path}/run')
     assert done.returncode == 0, done.stderr
-    assert_equal_runs(tmp_path / 'run', two)
+    assert_equal_runs(tmp_path / 'run', two.folder)
 
 
 def test_another_number_of_processes_in_mid_run(words, whole, tmp_path):
@@ -728,7 +736,8 @@ def test_a_process_that_stands_still_is_named(tmp_path):
     assert checkpoint.load_latest(tmp_path / 'run').step == 4
 
 
-def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path):
+@pytest.mark.parametrize('spread', [1, 2], ids=['data parallel', 'experts spread'])
+def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path, spread):
     """An update that is not finite on one process is skipped by both, also where that process sends no token
     to some expert.
     """
@@ -750,13 +759,15 @@ def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path):
         '    if second and run.step == 0:\n'
         '        for block in run.model.h: block.mlp.router.score.register_forward_hook(shun)\n'
         '    out = real_update(run)\n'
-        '    weights = torch.cat([p.flatten() for p in run.model.parameters()])\n'
+        '    shared = [p for n, p in run.model.named_parameters() if n not in run.experts.names]\n'
+        '    weights = torch.cat([p.flatten() for p in shared])\n'
         '    torch.save(weights, f"{sys.argv[2]}.{run.world.rank}")\n'
         '    return out\n'
         'train.Trainer.micro_batch, train.Trainer.train_step = poisoned, update\n'
         'train.main(sys.argv[3:])'
     )
     words = [*TINY, '--max_iters=12', '--checkpoint_interval=5', '--balance=none']
+    words.append(f'--expert_parallel={spread}')
     done = torchrun(program, '3,7', tmp_path / 'weights', *words, f'--out_dir={tmp_path}/two')
     assert done.returncode == 0, done.stderr
     rows = read_log(tmp_path / 'two' / 'log.jsonl')
