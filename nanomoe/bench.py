@@ -6,27 +6,32 @@
 __all__ = ['Bench', 'make_layer', 'has_transformers', 'mixtral_block', 'original', 'original_layer', 'make_pass', 'make_model',
            'make_step', 'mixtral_model', 'original_model', 'interleaved', 'neighbor_ratio', 'prepare_process',
            'machine', 'resident', 'measure_peak', 'peak_memory', 'report', 'layer', 'step', 'scale', 'make_writer',
-           'write', 'RandomShards', 'as_nanogpt', 'data', 'table', 'check_bench', 'heading', 'main']
+           'write', 'RandomShards', 'as_nanogpt', 'data', 'parallel_process', 'parallel', 'table', 'check_bench',
+           'heading', 'main']
 
 # %% ../nbs/43_bench.ipynb #imports
-import importlib.util, io, json, math, multiprocessing, platform, statistics, sys, tempfile, time
+import gc, importlib.util, io, json, math, multiprocessing, os, platform, socket, statistics, sys, tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from .command_line import from_command_line, one_sentence, subcommand
 from .config import BadInput, ModelConfig, TrainConfig, nearest
 from .dataset import TokenDataset, training_batch
+from .expert_parallel import ExpertParallel
 from .experts import MLP, MoE
 from .model import GPT, moe_layers
 from .optim import make_optimizer
-from .parallel import find_device
+from .parallel import find_device, process_group, wrap_ddp
 from .presets import PRESETS
 from .sample import generate
 from .train import keep_freed_memory
@@ -485,6 +490,59 @@ def data(b: Bench) -> list[dict]:
         for name, t in ms.items()
     ]
 
+# %% ../nbs/43_bench.ipynb #parallel
+def parallel_process(rank: int, size: int, spread: bool, port: int, b: Bench) -> dict:
+    "Process `rank` of `size` that train the preset's model: milliseconds per step, MB sent, MiB at the peak."
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(b.threads or 1)
+    times, sent, real = [], [], dist.all_to_all_single
+
+    def counted(out, rows, receive=None, send=None, group=None):
+        if send is not None:
+            sent.append((sum(send) - send[rank]) * rows.size(-1) * rows.element_size())
+        return real(out, rows, receive, send, group=group)
+
+    with process_group('cpu') as world, mock.patch.object(dist, 'all_to_all_single', counted):
+        model, cfg = make_model('dropless', b)
+        experts = ExpertParallel(model, world, size if spread else 1)
+        optimizer = make_optimizer(model, TrainConfig())
+        experts.connect(optimizer)
+        shared = wrap_ddp(model, world, experts.names)
+        reduced = sum(p.numel() for name, p in model.named_parameters() if name not in experts.names)
+        torch.manual_seed(rank)
+        for _ in range(b.repeats + 1):
+            start = time.perf_counter()
+            x = torch.randint(cfg.vocab_size, (b.batch_size, cfg.block_size))
+            shared(x, x, keep_logits=False).losses.total.backward()
+            experts.average_gradients()
+            experts.clip_grad_norm(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append(time.perf_counter() - start)
+        del shared
+        experts.disconnect()
+        gc.collect()
+    moved = sum(sent) / (b.repeats + 1) + 2 * 4 * reduced * (size - 1) / size
+    return dict(ms=1000 * statistics.median(times[1:]), sent=moved / 1e6, peak=resident('VmHWM') / 2**20)
+
+
+def parallel(b: Bench) -> list[dict]:
+    "A training step on 1, 2 and 4 processes: the slowest, and the largest of bytes sent and memory."
+    rows = []
+    for size, spread in ((1, False), (2, False), (2, True), (4, False), (4, True)):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        with ProcessPoolExecutor(size, multiprocessing.get_context('spawn')) as pool:
+            waiting = [pool.submit(parallel_process, rank, size, spread, port, b) for rank in range(size)]
+            found = [task.result() for task in waiting]
+        row = {'case': 'experts spread' if spread else 'data parallel', 'processes': size}
+        worst = {key: max(f[key] for f in found) for key in found[0]}
+        names = {'ms per step': 'ms', 'MB sent': 'sent', 'peak MiB': 'peak'}
+        rows.append(row | {name: round(worst[key], 1) for name, key in names.items()})
+    return rows
+
 # %% ../nbs/43_bench.ipynb #table
 def table(rows: list[dict]) -> str:
     "Rows as aligned text."
@@ -510,6 +568,8 @@ def check_bench(b: Bench, what: str):
         raise BadInput(f'there is no preset {b.preset}{nearest(b.preset, PRESETS)}')
     if what not in ('write', 'data') and PRESETS[b.preset][0].n_experts == 1:
         raise BadInput(f'preset must have experts, got {b.preset}')
+    if what == 'parallel' and PRESETS[b.preset][0].n_experts % 4:
+        raise BadInput(f'preset must have a multiple of 4 experts, got {b.preset}')
     if b.against:
         original(b)
     if b.json and not Path(b.json).parent.is_dir():
@@ -522,6 +582,8 @@ def heading(what: str, b: Bench) -> str:
         return f'whole step of {b.preset}, {b.batch_size} rows'
     if what == 'write':
         return f'{b.preset} writes 512 tokens, {b.batch_size} rows'
+    if what == 'parallel':
+        return f'training {b.preset} on the CPU, {b.batch_size} rows per process and step'
     if what == 'data':
         return f'loading batches of {b.n_tokens} tokens, 20 rounds a repeat'
     sizes = f'C {b.n_embd}, F {b.expert_width}, K {b.top_k}'
@@ -531,16 +593,20 @@ def heading(what: str, b: Bench) -> str:
 
 
 def main(argv: list[str] | None = None):
-    "`python -m nanomoe.bench {layer,step,scale,write,data} [--dtype bfloat16] [--against CLONE] …`"
+    "`python -m nanomoe.bench {layer,step,scale,write,data,parallel} [--dtype bfloat16] [--against CLONE] …`"
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
-        kinds = dict(layer=layer, step=step, scale=scale, write=write, data=data)
+        kinds = dict(layer=layer, step=step, scale=scale, write=write, data=data, parallel=parallel)
         b = from_command_line(Bench, Bench(), argv[bool(subcommand(argv, kinds, 'bench')) :], 'bench')
         check_bench(b, argv[0])
         prepare_process(b)
         rows = kinds[argv[0]](b)
     print(', '.join(f'{key} {value}' for key, value in machine(b).items()))
-    print(f'{heading(argv[0], b)}; medians of {b.repeats}, interleaved', table(rows), sep='\n')
+    print(
+        f'{heading(argv[0], b)}; medians of {b.repeats}{", interleaved" * (argv[0] != "parallel")}',
+        table(rows),
+        sep='\n',
+    )
     if b.json:
         with open(b.json, 'w') as f:
             json.dump(dict(what=argv[0], settings=asdict(b), machine=machine(b), rows=rows), f, indent=1)

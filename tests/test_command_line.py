@@ -257,7 +257,7 @@ BAD = {
     'nothing to time': (
         bench,
         'steps',
-        'there is no bench steps; did you mean step? (layer, step, scale, write, data; ',
+        'there is no bench steps; did you mean step? (layer, step, scale, write, data, parallel; ',
     ),
     'nothing to draw': (report, 'experts', 'name the run to show'),
     'nowhere to watch at': (report, 'watch out/nowhere --port=-1', 'port -1 of 127.0.0.1 cannot be used'),

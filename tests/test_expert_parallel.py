@@ -2,9 +2,11 @@
 of it.
 """
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from nanomoe import checkpoint
 from nanomoe.config import BadInput, ModelConfig, TrainConfig
 from nanomoe.expert_parallel import ExpertParallel, share_of, sort_arrived
 from nanomoe.metrics import read_log
-from nanomoe.model import GPT
+from nanomoe.model import GPT, moe_layers, n_params
 from nanomoe.optim import make_optimizer, parameter_names
 from nanomoe.parallel import DistContext
+from nanomoe.presets import PRESETS
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 STEPS = 60
@@ -208,3 +211,30 @@ def test_arrived_rows_are_sorted_by_expert():
     assert order.tolist() == [0, 1, 3, 4, 5, 6, 2] and ends.tolist() == [3, 6, 7]
     order, ends = sort_arrived(counts * 0)
     assert order.tolist() == [] and ends.tolist() == [0, 0, 0]
+
+
+def test_the_benchmark_counts_what_moves(tmp_path):
+    "Spread experts send rows in place of their gradients; what data parallelism sends is known in advance."
+    command = [
+        sys.executable,
+        '-m',
+        'nanomoe.bench',
+        'parallel',
+        '--preset=tiny',
+        '--repeats=1',
+        f'--json={tmp_path}/rows',
+    ]
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    rows = {
+        (row['case'], row['processes']): row for row in json.loads((tmp_path / 'rows').read_text())['rows']
+    }
+    cfg, K = replace(PRESETS['tiny'][0], vocab_size=4096), PRESETS['tiny'][0].top_k
+    total = n_params(GPT(cfg))[0]
+    assert rows['data parallel', 1]['MB sent'] == 0
+    assert rows['data parallel', 4]['MB sent'] == pytest.approx(2 * 4 * total * 3 / 4 / 1e6, abs=0.06)
+    experts = sum(p.numel() for name, p in GPT(cfg).named_parameters() if '.experts.' in name)
+    tokens = (
+        len(moe_layers(cfg)) * cfg.block_size * K * cfg.n_embd * 4 * 4 / 2
+    )  # half of the rows leave, four times
+    expected = 4 * (total - experts) + tokens
+    assert rows['experts spread', 2]['MB sent'] == pytest.approx(expected / 1e6, rel=0.25)
