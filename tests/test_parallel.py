@@ -140,7 +140,7 @@ def test_a_process_group_ends_with_its_block():
         meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))
     with patch.dict(os.environ, meeting | dict(RANK='0', WORLD_SIZE='1')), suppress(KeyError):
         with process_group('cpu') as world:
-            assert dist.get_backend() == 'gloo' and world == DistContext(0, 1, CPU)
+            assert dist.get_backend() == 'gloo' and world == DistContext(0, 1, CPU, store=world.store)
             raise KeyError('a failure inside')
     assert not dist.is_initialized()
 
