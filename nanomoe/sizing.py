@@ -16,6 +16,7 @@ import torch
 from . import checkpoint
 from .config import BadInput, ModelConfig, TrainConfig, without_effect
 from .dataset import TokenDataset, dataset_folder, fit_vocabulary, n_sequences
+from .expert_parallel import check_spread
 from .files import resolve
 from .model import GPT, flops_per_token, moe_layers
 from .optim import make_optimizer
@@ -23,21 +24,23 @@ from .parallel import DistContext, find_dtype, keep_freed_memory, dist_context, 
 from .presets import VOCABULARIES, short, total_active, weights_by_part
 
 # %% ../nbs/26_sizing.ipynb #states
-def muon_weights(cfg: ModelConfig) -> int:
+def muon_weights(cfg: ModelConfig, spread: int = 1) -> int:
     """Weights in the matrices whose updates Muon orthogonalizes: neither biases nor norms, embeddings and
-    routers.
+    routers. `spread` is the number of processes over which the experts are spread, here and below.
     """
     parts = weights_by_part(replace(cfg, bias=False, qk_norm=False))
+    parts['experts'] //= spread
     return sum(parts[part] for part in ('attention', 'dense MLPs', 'shared experts', 'experts'))
 
 
-def state_bytes(cfg: ModelConfig, optimizer: str = 'adamw') -> dict[str, int]:
-    "Bytes of a training step that do not depend on the batch."
-    n = sum(weights_by_part(cfg).values())
+def state_bytes(cfg: ModelConfig, optimizer: str = 'adamw', spread: int = 1) -> dict[str, int]:
+    "Bytes of a training step on one process that do not depend on the batch."
+    parts = weights_by_part(cfg)
+    n = sum(parts.values()) - parts['experts'] + parts['experts'] // spread
     return {
         'weights': 4 * n,
         'gradients': 4 * n,
-        'moments': 8 * n - 4 * muon_weights(cfg) * (optimizer == 'muon'),
+        'moments': 8 * n - 4 * muon_weights(cfg, spread) * (optimizer == 'muon'),
     }
 
 # %% ../nbs/26_sizing.ipynb #kept
@@ -58,17 +61,23 @@ def kept_bytes(cfg: ModelConfig, a: int = 4) -> dict[str, float]:
 
 # %% ../nbs/26_sizing.ipynb #plan
 def step_bytes(
-    cfg: ModelConfig, batch: int, low: bool = False, chunk: int = 1024, optimizer: str = 'adamw'
+    cfg: ModelConfig,
+    batch: int,
+    low: bool = False,
+    chunk: int = 1024,
+    optimizer: str = 'adamw',
+    spread: int = 1,
 ) -> dict[str, float]:
-    """Peak bytes of a training step with several micro-batches.
+    """Peak bytes of a training step with several micro-batches, on one process.
 
     `low`: bfloat16 autocast; `chunk`: logit rows at a time.
     """
     N, V, a = batch * cfg.block_size, cfg.vocab_size, 2 if low else 4
     parts = weights_by_part(cfg)
+    parts['experts'] //= spread
     matrices = ('embedding and head', 'attention', 'dense MLPs', 'shared experts', 'experts')
     leftover = (6 if low else 4) * (N > chunk)  # bytes left of the chunk before
-    return state_bytes(cfg, optimizer) | {
+    return state_bytes(cfg, optimizer, spread) | {
         'bfloat16 copies': 2 * sum(parts[part] for part in matrices) * low,
         'activations': N * sum(kept_bytes(cfg, a).values()),
         'head': N * a * cfg.n_embd + 4 * V * cfg.n_embd + min(N, chunk) * V * (8 + leftover),
@@ -171,9 +180,10 @@ def needs(
     model_cfg: ModelConfig, cfg: TrainConfig, world: DistContext, dtype: torch.dtype, accumulated: int
 ) -> list[str]:
     "Lines about memory and time, given how many micro-batches a step has on this process."
-    cuda, low = world.device.type == 'cuda', dtype != torch.float32
-    state = sum(state_bytes(model_cfg, cfg.optimizer).values())
-    peak = sum(step_bytes(model_cfg, cfg.batch_size, low, 4096 if cuda else 1024, cfg.optimizer).values())
+    cuda, low, P = world.device.type == 'cuda', dtype != torch.float32, cfg.expert_parallel
+    step = model_cfg, cfg.batch_size, low, 4096 if cuda else 1024, cfg.optimizer
+    state = sum(state_bytes(model_cfg, cfg.optimizer, P).values())
+    peak, alone = sum(step_bytes(*step, P).values()), sum(step_bytes(*step).values())
     memory = (
         torch.cuda.get_device_properties(world.device).total_memory
         if cuda
@@ -183,13 +193,16 @@ def needs(
         f'memory      {counted(state, "B")} for weights, gradients and optimizer, about '
         f'{counted(peak, "B")} at the peak of a step; '
         f'{counted(memory, "B")} are built in'
+        + f'; on each process, with the experts over {P} of them'
+        * (P > 1)
     ]
-    if peak > memory:
-        return lines + ['time        not measured: a step would not fit into memory']
+    if alone > memory:
+        why = 'a step would not fit into memory' + ' with all experts on one process' * (P > 1)
+        return lines + [f'time        not measured: {why}']
     passing, updating, n = timed(model_cfg, cfg, world.device, dtype)
     return lines + [
         f'time        about {duration(cfg.max_iters * (accumulated * passing + updating))} without '
-        f'evaluations, on {world.size} '
+        f'evaluations{" and all-to-all" * (P > 1)}, on {world.size} '
         f'process{"es" * (world.size > 1)}, {world.device.type}, {str(dtype).removeprefix("torch.")}; '
         f'measured on up to {n:,} random tokens at once'
     ]
@@ -204,6 +217,7 @@ def dry_run(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> str:
         find_dtype(cfg.dtype, world.device),
         len(my_micro_batches(cfg.gradient_accumulation_steps, world)),
     )
+    check_spread(world, cfg.expert_parallel)
     checkpoint.check_folder(out_dir)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model_cfg.block_size
     model_cfg, data = expected_data(model_cfg, cfg.dataset, tokens * cfg.max_iters)

@@ -20,6 +20,7 @@ from nanomoe.model import GPT, moe_layers, n_params
 from nanomoe.optim import make_optimizer, parameter_names
 from nanomoe.parallel import DistContext
 from nanomoe.presets import PRESETS
+from nanomoe.sizing import state_bytes
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 STEPS = 60
@@ -238,3 +239,32 @@ def test_the_benchmark_counts_what_moves(tmp_path):
     )  # half of the rows leave, four times
     expected = 4 * (total - experts) + tokens
     assert rows['experts spread', 2]['MB sent'] == pytest.approx(expected / 1e6, rel=0.25)
+
+
+@pytest.mark.parametrize('spread', [1, 2, 4])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_dry_run_knows_the_memory_of_one_process(spread, optimizer):
+    "The formula's bytes are those of the tensors that a process holds."
+    cfg = ModelConfig(
+        vocab_size=50, n_layer=3, n_head=2, n_embd=16, n_experts=8, bias=True, n_shared_experts=1
+    )
+    model = GPT(cfg)
+    ExpertParallel(model, DistContext(1, 4), spread)
+    steps = make_optimizer(model, TrainConfig(optimizer=optimizer))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    steps.step()
+    moments = sum(t.nbytes for state in steps.state.values() for name, t in state.items() if name != 'step')
+    weights = sum(p.nbytes for p in model.parameters())
+    found = state_bytes(cfg, optimizer, spread)
+    assert found == dict(weights=weights, gradients=weights, moments=moments)
+
+
+def test_a_dry_run_with_spread_experts(tmp_path):
+    done = train(tmp_path / 'run', 2, '--expert_parallel=2', '--dry_run')
+    assert done.returncode == 0, done.stderr
+    assert 'on each process, with the experts over 2 of them' in done.stdout
+    assert 'without evaluations and all-to-all, on 2 processes' in done.stdout
+    done = train(tmp_path / 'run', 1, '--expert_parallel=2', '--dry_run')
+    assert done.returncode == 2
+    assert 'expert_parallel must divide the number of processes, 1, got 2' in done.stderr
