@@ -21,13 +21,14 @@ from .experts import Experts, MoE, Permute, Unpermute, sort_by_expert
 from .optim import Muon
 from .parallel import DistContext, all_reduce
 from .router import Routing
+from .sharding import is_sharded, local
 
 # %% ../nbs/12_expert_parallel.ipynb #all-to-all
 class AllToAll(torch.autograd.Function):
     """Send rows to every process of a group, and receive rows from each: x (n, C) -> (m, C).
 
-    The first `send[0]` of the n rows go to process 0, the next `send[1]` to process 1, and so on. Of the m
-    rows that arrive, the first `receive[0]` are those of process 0. The gradient takes the same way back.
+    The first `send[0]` of the n rows go to process 0, the next `send[1]` to process 1, and so on. Of the m rows
+    that arrive, the first `receive[0]` are those of process 0. The gradient takes the same way back.
     """
 
     @staticmethod
@@ -60,14 +61,12 @@ def run_spread_experts(
 ) -> Tensor:
     """`run_experts` for experts spread over a group of P processes: tokens (N, C) -> (N, C).
 
-    `experts` are the E/P that this process holds, of the E that `r` routes to. Every process of the group
-    must call it, also one without tokens. GShard, 2006.16668 §3.1.
+    `experts` are the E/P that this process holds, of the E that `r` routes to. Every process of the group must
+    call it, also one without tokens. GShard, 2006.16668 §3.1.
     """
     d, reached = sort_by_expert(r, n_rows), r.reached()
     rows = Permute.apply(x, d.order, d.inverse, reached)  # (M, C) by expert, and so by process
-    counts = d.offsets.diff(prepend=d.offsets.new_zeros(1)).view(
-        group.size(), -1
-    )  # (P, E/P) rows to each expert
+    counts = d.offsets.diff(prepend=d.offsets.new_zeros(1)).view(group.size(), -1)  # (P, E/P) rows to each expert
     arriving = torch.empty_like(counts)  # (P, E/P) rows from each process to each expert here
     dist.all_to_all_single(arriving, counts, group=group)
     send, receive = torch.stack([counts, arriving]).sum(-1).tolist()  # rows to and from each process
@@ -87,9 +86,7 @@ def is_expert(name: str) -> bool:
 
 
 def share_of(tensors: Mapping[str, Tensor], index: int, total: int) -> dict[str, Tensor]:
-    """Of a whole model's tensors, or its optimizer's, what process `index` of `total` holds: E/P experts, and
-    all else.
-    """
+    "Of a whole model's tensors, or its optimizer's, what process `index` of `total` holds: E/P experts, and all else."
 
     def own(t: Tensor) -> Tensor:
         n = len(t) // total
@@ -117,9 +114,7 @@ class ExpertShare:
         self.layers = [m for m in model.modules() if isinstance(m, MoE)] if size > 1 else []
         self.group = self.copies = None
         for layer in self.layers:
-            for name, p in self.share(
-                {f'experts.{n}': p for n, p in layer.experts.named_parameters()}
-            ).items():
+            for name, p in self.share({f'experts.{n}': p for n, p in layer.experts.named_parameters()}).items():
                 setattr(layer.experts, name.removeprefix('experts.'), nn.Parameter(p.detach()))
 
     @property
@@ -131,9 +126,7 @@ class ExpertShare:
         "The processes are connected: from now on tokens travel among those that share a layer's experts."
         if not self.layers:
             return
-        ranks = torch.arange(self.world.size).view(
-            -1, self.size
-        )  # a row is a group of processes with all experts
+        ranks = torch.arange(self.world.size).view(-1, self.size)  # a row is a group of processes with all experts
         ever = timedelta(days=7)  # as for all processes: the watchdog ends what hangs
         self.group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=ever)
         self.copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=ever)
@@ -171,13 +164,18 @@ class ExpertParallel(ExpertShare):
 
     def clip_grad_norm(self, limit: float) -> Tensor:
         "Scale all gradients to the global norm `limit` at most; returns the norm before."
-        if not self.layers:
+        if not self.layers and not is_sharded(self.model):
             return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         mine = {id(g) for g in self.gradients}
-        shared = [p.grad for p in self.model.parameters() if p.grad is not None and id(p.grad) not in mine]
-        squares = all_reduce(nn.utils.get_total_norm(self.gradients).square(), group=self.group)
-        norm = (squares + nn.utils.get_total_norm(shared).square()).sqrt()
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        shared = [local(g) for g in grads if id(g) not in mine]
+        squares = nn.utils.get_total_norm(shared).square()
+        if is_sharded(self.model):
+            all_reduce(squares)
+        if self.layers:
+            squares += all_reduce(nn.utils.get_total_norm(self.gradients).square(), group=self.group)
+        norm = squares.sqrt()
+        torch._foreach_mul_([local(g) for g in grads], (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def share_overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer):

@@ -11,10 +11,13 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .config import TrainConfig
 from .model import GPT
 from .parallel import all_reduce
+from .sharding import as_part, local, whole
+
 
 # %% ../nbs/08_optim.ipynb #orthogonalised
 def newton_schulz(m: Tensor, steps: int = 5) -> Tensor:
@@ -63,25 +66,29 @@ class Muon(torch.optim.AdamW):
         super().step()
         shapes = {}
         for member in moving:
-            peers = self.expert_copies if member[1].get('kind') == 'expert' else None
-            shapes.setdefault((member[0].shape[-2:], peers), []).append(member)
-        for (shape, peers), members in shapes.items():
-            rank, size = (
-                (dist.get_rank(peers), dist.get_world_size(peers)) if dist.is_initialized() else (0, 1)
-            )
-            stack = torch.cat([self.ahead(p, grad).view(-1, *shape) for p, _, grad in members])  # (n, *shape)
-            alive = (
-                torch.cat([grad.view(-1, *shape).abs().amax((1, 2), keepdim=True) for _, _, grad in members])
-                > 0
-            )
+            p, group, _ = member
+            own = isinstance(p, DTensor) and p.dim() == 3  # sharded by experts: whole matrices are here
+            peers = self.expert_copies if group.get('kind') == 'expert' else None
+            shapes.setdefault((p.shape[-2:], peers, own), []).append(member)
+        for (shape, peers, own), members in shapes.items():
+            shared = dist.is_initialized() and not own
+            rank, size = (dist.get_rank(peers), dist.get_world_size(peers)) if shared else (0, 1)
+            here = local if own else whole
+            matrices = [here(self.ahead(p, grad)).view(-1, *shape) for p, _, grad in members]
+            stack = torch.cat(matrices)  # (n, *shape)
+            largest = [here(grad).view(-1, *shape).abs().amax((1, 2), keepdim=True) for _, _, grad in members]
+            alive = torch.cat(largest) > 0
             updates = torch.zeros_like(stack)
             updates[rank::size] = newton_schulz(stack[rank::size]) * alive[rank::size]
-            parts = all_reduce(updates, group=peers).split(
-                [p.numel() // shape.numel() for p, _, _ in members]
-            )
-            for (p, group, _), d in zip(members, parts):
+            if shared:
+                all_reduce(updates, group=peers)
+            for (p, group, _), d in zip(members, updates.split([len(m) for m in matrices])):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.add_(d.view_as(p), alpha=-group['lr'] * 0.2 * max(shape) ** 0.5)
+                step = -group['lr'] * 0.2 * max(shape) ** 0.5
+                if own:
+                    local(p).add_(d, alpha=step)
+                else:
+                    p.add_(as_part(d.view(p.shape), p), alpha=step)
 
     def ahead(self, p: Tensor, grad: Tensor) -> Tensor:
         "Update the momentum with `grad`; return the Nesterov gradient, shaped like p."
@@ -109,9 +116,9 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.AdamW:
     vectors.
     """
     scale = {'embedding': cfg.embed_lr, 'router': cfg.router_lr, 'expert': cfg.expert_lr}
-    kinds = {kind: [] for kind in ('matrix', 'expert', 'embedding', 'router', 'vector')}
+    kinds = {(kind, part): [] for kind in ('matrix', 'expert', 'embedding', 'router', 'vector') for part in (True, False)}
     for name, p in model.named_parameters():
-        kinds[parameter_kind(name, p)].append(p)
+        kinds[parameter_kind(name, p), isinstance(p, DTensor)].append(p)  # no kernel takes sharded and others
     groups = [
         dict(
             params=params,
@@ -120,7 +127,7 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.AdamW:
             weight_decay=0.0 if kind == 'vector' else cfg.weight_decay,
             matrix=cfg.optimizer == 'muon' and kind in ('matrix', 'expert'),
         )
-        for kind, params in kinds.items()
+        for (kind, _), params in kinds.items()
         if params
     ]
     cls, fused = (Muon, None) if cfg.optimizer == 'muon' else (torch.optim.AdamW, True)

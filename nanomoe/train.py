@@ -70,6 +70,7 @@ from nanomoe.parallel import (
 )
 from .pretrained import initial_weights
 
+from .sharding import as_part, is_sharded, local, shard
 from .tokenizer import load_tokenizer, token_bytes
 
 # %% ../nbs/09_train.ipynb #validation-figures
@@ -175,7 +176,7 @@ class RunState:
         self.model = self.first_model()
         self.sizes = n_params(self.model)  # total and active
         self.experts = ExpertParallel(self.model, world, cfg.expert_parallel)
-        self.model.to(world.device)
+        self.model.to('cpu' if cfg.shard else world.device)  # `shard` moves it, block by block
         self.optimizer = make_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -236,8 +237,8 @@ class SharedRun(RunState):
             )
         pid = torch.tensor(os.getpid() * world.first, device=world.device)
         self.draft = str(all_reduce(pid, 'max').item())
+        self.shared = self.shard() if self.cfg.shard and world.size > 1 else wrap_ddp(self.model, world, self.experts.names)
         self.experts.connect(self.optimizer)
-        self.shared = wrap_ddp(self.model, world, self.experts.names)
         try:
             yield
         finally:
@@ -247,9 +248,28 @@ class SharedRun(RunState):
             self.experts.disconnect()
             gc.collect()
 
+    def shard(self) -> GPT:
+        "Divide the model and the optimizer's state over the processes."
+        names = parameter_names(self.model, self.optimizer)
+        state = checkpoint.optimizer_tensors(self.optimizer, names)
+        shard(self.model, self.experts.names)
+        self.optimizer = make_optimizer(self.model, self.cfg)
+        params = dict(self.model.named_parameters())
+        for key, t in state.items():
+            name, entry = key.split('|')
+            p = params[name]
+            self.optimizer.state[p][entry] = as_part(t, p)
+        self.hidden = self.model.hidden  # which gathers parameters now
+        return self.model
+
+    @property
+    def writers(self) -> int:
+        "How many processes write a checkpoint: the first, or all that hold what no other does."
+        return self.world.size if self.cfg.shard else self.experts.size
+
     def any_holder(self, here: bool) -> bool:
-        "Whether the condition holds on any process that holds other experts than this one."
-        return self.any_process(here) if self.experts.size > 1 else bool(here)
+        "Whether the condition holds on any process, where they hold different parts of the model; or here."
+        return self.any_process(here) if self.writers > 1 else bool(here)
 
     def any_process(self, here: bool) -> bool:
         "Whether the condition holds on any process; all get the same answer."
@@ -498,14 +518,19 @@ class RunFolder(TrainStep):
         return True
 
     def tensors_here(self) -> dict[str, dict[str, Tensor]]:
-        "What this process writes: the first one everything that it has, others their experts."
+        "What this process writes: its parts, its experts unless a copy does, and the first one all else."
         names = parameter_names(self.model, self.optimizer)
         everything = {
             'model': self.model.state_dict(),
             'optim': checkpoint.optimizer_tensors(self.optimizer, names),
         }
+
+        def mine(name: str, t: Tensor) -> bool:
+            spread = self.experts.size > 1 and is_expert(name)
+            return self.world.first or (self.world.rank < self.experts.size if spread else local(t) is not t)
+
         return {
-            group: {name: t for name, t in tensors.items() if self.world.first or is_expert(name)}
+            group: {name: local(t) for name, t in tensors.items() if mine(name, t)}
             for group, tensors in everything.items()
         }
 
@@ -523,7 +548,7 @@ class Saving(RunFolder):
         """
         if self.skipped_in_a_row or self.saved_at == self.step:
             return
-        if self.any_holder(not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()):
+        if self.any_holder(not torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all()):
             raise RuntimeError(
                 f'the weights are not finite after step {self.step}; is '
                 f'learning_rate={self.cfg.learning_rate} too large? {self.roll_back(self.step)}'
@@ -537,7 +562,7 @@ class Saving(RunFolder):
                 )
             return
         self.saved_at = self.step
-        if self.world.rank >= self.experts.size:
+        if self.world.rank >= self.writers:
             return
         if self.world.first:
             self.keep_folder()
@@ -560,7 +585,7 @@ class Saving(RunFolder):
             meta,
             self.cfg.keep_checkpoints,
             checkpoint.best_step(self.out_dir, self.evaluations),
-            checkpoint.Writers(self.world.rank, self.experts.size, self.world.store, self.draft),
+            checkpoint.Writers(self.world.rank, self.writers, self.world.store, self.draft),
         )
 
 # %% ../nbs/09_train.ipynb #resume-state
@@ -643,7 +668,7 @@ class SafeRun(Checkpoints):
 
         Not where the experts are spread: the other processes may be in another step.
         """
-        if self.experts.size > 1:
+        if self.writers > 1:
             return
         with self.changing:
             if self.last and (self.newest is None or self.newest.step < self.step):
@@ -718,7 +743,7 @@ class Logged(SafeRun):
             record = record._replace(val=self.validate(everything=self.step == self.cfg.max_iters))
         first, spread = (
             self.world.first,
-            self.experts.size > 1,
+            self.writers > 1,
         )  # spread experts serve the first process only if
         samples = (
             list(routed_text(self)) if record.val and (first or spread) else []
