@@ -27,8 +27,8 @@ from .sharding import is_sharded, local
 class AllToAll(torch.autograd.Function):
     """Send rows to every process of a group, and receive rows from each: x (n, C) -> (m, C).
 
-    The first `send[0]` of the n rows go to process 0, the next `send[1]` to process 1, and so on. Of the m rows
-    that arrive, the first `receive[0]` are those of process 0. The gradient takes the same way back.
+    The first `send[0]` of the n rows go to process 0, the next `send[1]` to process 1, and so on. Of the m
+    rows that arrive, the first `receive[0]` are those of process 0. The gradient takes the same way back.
     """
 
     @staticmethod
@@ -61,12 +61,14 @@ def run_spread_experts(
 ) -> Tensor:
     """`run_experts` for experts spread over a group of P processes: tokens (N, C) -> (N, C).
 
-    `experts` are the E/P that this process holds, of the E that `r` routes to. Every process of the group must
-    call it, also one without tokens. GShard, 2006.16668 §3.1.
+    `experts` are the E/P that this process holds, of the E that `r` routes to. Every process of the group
+    must call it, also one without tokens. GShard, 2006.16668 §3.1.
     """
     d, reached = sort_by_expert(r, n_rows), r.reached()
     rows = Permute.apply(x, d.order, d.inverse, reached)  # (M, C) by expert, and so by process
-    counts = d.offsets.diff(prepend=d.offsets.new_zeros(1)).view(group.size(), -1)  # (P, E/P) rows to each expert
+    counts = d.offsets.diff(prepend=d.offsets.new_zeros(1)).view(
+        group.size(), -1
+    )  # (P, E/P) rows to each expert
     arriving = torch.empty_like(counts)  # (P, E/P) rows from each process to each expert here
     dist.all_to_all_single(arriving, counts, group=group)
     send, receive = torch.stack([counts, arriving]).sum(-1).tolist()  # rows to and from each process
@@ -86,7 +88,9 @@ def is_expert(name: str) -> bool:
 
 
 def share_of(tensors: Mapping[str, Tensor], index: int, total: int) -> dict[str, Tensor]:
-    "Of a whole model's tensors, or its optimizer's, what process `index` of `total` holds: E/P experts, and all else."
+    """Of a whole model's tensors, or its optimizer's, what process `index` of `total` holds: E/P experts, and
+    all else.
+    """
 
     def own(t: Tensor) -> Tensor:
         n = len(t) // total
@@ -114,7 +118,9 @@ class ExpertShare:
         self.layers = [m for m in model.modules() if isinstance(m, MoE)] if size > 1 else []
         self.group = self.copies = None
         for layer in self.layers:
-            for name, p in self.share({f'experts.{n}': p for n, p in layer.experts.named_parameters()}).items():
+            for name, p in self.share(
+                {f'experts.{n}': p for n, p in layer.experts.named_parameters()}
+            ).items():
                 setattr(layer.experts, name.removeprefix('experts.'), nn.Parameter(p.detach()))
 
     @property
@@ -126,7 +132,9 @@ class ExpertShare:
         "The processes are connected: from now on tokens travel among those that share a layer's experts."
         if not self.layers:
             return
-        ranks = torch.arange(self.world.size).view(-1, self.size)  # a row is a group of processes with all experts
+        ranks = torch.arange(self.world.size).view(
+            -1, self.size
+        )  # a row is a group of processes with all experts
         ever = timedelta(days=7)  # as for all processes: the watchdog ends what hangs
         self.group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=ever)
         self.copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=ever)

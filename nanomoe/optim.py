@@ -18,7 +18,6 @@ from .model import GPT
 from .parallel import all_reduce
 from .sharding import as_part, local, whole
 
-
 # %% ../nbs/08_optim.ipynb #orthogonalised
 def newton_schulz(m: Tensor, steps: int = 5) -> Tensor:
     """About U Vᵀ for each matrix m = U S Vᵀ of (…, rows, columns): the same directions, all singular values
@@ -116,7 +115,11 @@ def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.AdamW:
     vectors.
     """
     scale = {'embedding': cfg.embed_lr, 'router': cfg.router_lr, 'expert': cfg.expert_lr}
-    kinds = {(kind, part): [] for kind in ('matrix', 'expert', 'embedding', 'router', 'vector') for part in (True, False)}
+    kinds = {
+        (kind, part): []
+        for kind in ('matrix', 'expert', 'embedding', 'router', 'vector')
+        for part in (True, False)
+    }
     for name, p in model.named_parameters():
         kinds[parameter_kind(name, p), isinstance(p, DTensor)].append(p)  # no kernel takes sharded and others
     groups = [

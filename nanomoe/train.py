@@ -70,7 +70,7 @@ from nanomoe.parallel import (
 )
 from .pretrained import initial_weights
 
-from .sharding import as_part, is_sharded, local, shard
+from .sharding import as_part, local, shard
 from .tokenizer import load_tokenizer, token_bytes
 
 # %% ../nbs/09_train.ipynb #validation-figures
@@ -237,7 +237,11 @@ class SharedRun(RunState):
             )
         pid = torch.tensor(os.getpid() * world.first, device=world.device)
         self.draft = str(all_reduce(pid, 'max').item())
-        self.shared = self.shard() if self.cfg.shard and world.size > 1 else wrap_ddp(self.model, world, self.experts.names)
+        self.shared = (
+            self.shard()
+            if self.cfg.shard and world.size > 1
+            else wrap_ddp(self.model, world, self.experts.names)
+        )
         self.experts.connect(self.optimizer)
         try:
             yield
@@ -548,7 +552,9 @@ class Saving(RunFolder):
         """
         if self.skipped_in_a_row or self.saved_at == self.step:
             return
-        if self.any_holder(not torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all()):
+        if self.any_holder(
+            not torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all()
+        ):
             raise RuntimeError(
                 f'the weights are not finite after step {self.step}; is '
                 f'learning_rate={self.cfg.learning_rate} too large? {self.roll_back(self.step)}'
@@ -741,10 +747,7 @@ class Logged(SafeRun):
         record = self.newest
         if self.is_due('eval'):
             record = record._replace(val=self.validate(everything=self.step == self.cfg.max_iters))
-        first, spread = (
-            self.world.first,
-            self.writers > 1,
-        )  # spread experts serve the first process only if
+        first, spread = (self.world.first, self.writers > 1)  # spread experts serve the first process only if
         samples = (
             list(routed_text(self)) if record.val and (first or spread) else []
         )  # all compute the samples
