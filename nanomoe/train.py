@@ -716,17 +716,13 @@ class Logged(SafeRun):
         record = self.newest
         if self.is_due('eval'):
             record = record._replace(val=self.validate(everything=self.step == self.cfg.max_iters))
-        first, spread = (
-            self.world.first,
-            self.experts.size > 1,
-        )  # spread experts serve the first process only if
-        samples = (
-            list(routed_text(self)) if record.val and (first or spread) else []
-        )  # all compute the samples
+        first = self.world.first
         if first:
             self.keep_folder()
-            for row in samples:
+        for row in routed_text(self) if record.val and (first or self.experts.size > 1) else []:
+            if first:  # the others compute only for the first, whose tokens need their experts
                 self.samples.append(row)
+        if first:
             self.log.append(record.row())
             self.evaluations += evaluations([record.row()])
         return record
