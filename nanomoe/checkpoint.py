@@ -22,6 +22,7 @@ from torch import Tensor
 from .config import BadInput, ModelConfig, moved, of_earlier
 from .files import fsync, read_with_checksum, print_status, with_checksum, sha256
 from .model import GPT
+from .sharding import as_part
 
 # %% ../nbs/39_checkpoint.ipynb #save-parts
 def check_room(root: Path, size: int):
@@ -247,7 +248,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
         i = names.index(name)
         if value.dim() and value.shape != params[i].shape:
             raise ValueError(f'{key} has shape {tuple(value.shape)}')
-        state.setdefault(i, {})[entry] = value
+        state.setdefault(i, {})[entry] = as_part(value, params[i])
     optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
 
 # %% ../nbs/39_checkpoint.ipynb #fill

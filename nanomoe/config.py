@@ -122,6 +122,9 @@ class TrainConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
     expert_parallel: int = 1  # processes over which the experts of each layer are spread
     shard: bool = False  # divide parameters, gradients and optimizer state over the processes (FSDP2)
+    recompute: bool = (
+        False  # compute each block again in the backward pass instead of keeping its activations
+    )
     backend: str = 'auto'  # torch.distributed backend; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere
     deterministic: bool = (

@@ -128,6 +128,12 @@ class ExpertShare:
         "The parameters that this process does not share with all others."
         return [n for n, _ in self.model.named_parameters() if is_expert(n)] if self.layers else []
 
+    def writes(self, name: str, t: Tensor) -> bool:
+        "Whether this process writes what it holds of a tensor: the first of those that hold the same."
+        if self.layers and is_expert(name):
+            return self.world.rank < self.size
+        return self.world.first or local(t) is not t
+
     def connect(self, optimizer: torch.optim.Optimizer):
         "The processes are connected: from now on tokens travel among those that share a layer's experts."
         if not self.layers:
@@ -187,7 +193,7 @@ class ExpertParallel(ExpertShare):
         return norm
 
     def share_overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer):
-        "An overflow in the gradients of one process's experts is one for all: their loss scales stay equal."
-        if self.layers and scaler.is_enabled():
+        "An overflow in one process's part of the gradients is one for all: their loss scales stay equal."
+        if (self.layers or is_sharded(self.model)) and scaler.is_enabled():
             for found in scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values():
                 all_reduce(found, 'max')

@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['validation_figures', 'evaluate', 'open_data', 'mean', 'RunState', 'SharedRun', 'MicroBatches', 'Counts', 'TrainStep',
            'fingerprint', 'check_same_run', 'RunFolder', 'Saving', 'Checkpoints', 'SafeRun', 'routed_text', 'Logged',
-           'Trainer', 'train', 'train_all', 'live_line', 'print_progress', 'heading', 'validation_lines', 'summary',
-           'make_tracker', 'run_cli', 'exit_process', 'main']
+           'Trainer', 'train', 'train_all', 'run_cli', 'exit_process', 'main']
 
 # %% ../nbs/09_train.ipynb #imports
-import dataclasses, gc, importlib.util, json, math, os, secrets, shlex, subprocess, sys, threading, time
+import dataclasses, gc, importlib.util, json, math, os, shlex, subprocess, sys, threading, time
 import traceback, types
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,16 +21,7 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import check_folder, evaluations, fill, lock_run
 from .command_line import launched_rank, one_sentence, read_command, tell_launcher
-from nanomoe.config import (
-    BadInput,
-    ModelConfig,
-    TrainConfig,
-    allowed_changes,
-    check,
-    moved,
-    to_dict,
-    without_effect,
-)
+from .config import BadInput, ModelConfig, TrainConfig, allowed_changes, check, moved, to_dict
 from .data import prepare_missing
 from nanomoe.dataset import (
     TokenDataset,
@@ -46,7 +35,7 @@ from nanomoe.dataset import (
     target_domains,
     training_batch,
 )
-from .expert_parallel import ExpertParallel, is_expert
+from .expert_parallel import ExpertParallel
 from .experts import MoE
 from .files import Lines, cut_log, resolve, print_status, write_whole
 from .losses import update_bias
@@ -69,8 +58,8 @@ from nanomoe.parallel import (
     wrap_ddp,
 )
 from .pretrained import initial_weights
-
-from .sharding import as_part, local, shard
+from .sharding import local, recompute, shard
+from .terminal import heading, live_line, make_tracker, print_progress, summary
 from .tokenizer import load_tokenizer, token_bytes
 
 # %% ../nbs/09_train.ipynb #validation-figures
@@ -176,7 +165,9 @@ class RunState:
         self.model = self.first_model()
         self.sizes = n_params(self.model)  # total and active
         self.experts = ExpertParallel(self.model, world, cfg.expert_parallel)
-        self.model.to('cpu' if cfg.shard else world.device)  # `shard` moves it, block by block
+        if cfg.recompute:
+            recompute(self.model)
+        self.model.to('cpu' if self.sharded else world.device)  # `shard` moves it, block by block
         self.optimizer = make_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -237,11 +228,9 @@ class SharedRun(RunState):
             )
         pid = torch.tensor(os.getpid() * world.first, device=world.device)
         self.draft = str(all_reduce(pid, 'max').item())
-        self.shared = (
+        if self.sharded:
             self.shard()
-            if self.cfg.shard and world.size > 1
-            else wrap_ddp(self.model, world, self.experts.names)
-        )
+        self.shared = self.model if self.sharded else wrap_ddp(self.model, world, self.experts.names)
         self.experts.connect(self.optimizer)
         try:
             yield
@@ -252,19 +241,19 @@ class SharedRun(RunState):
             self.experts.disconnect()
             gc.collect()
 
-    def shard(self) -> GPT:
+    @property
+    def sharded(self) -> bool:
+        return self.cfg.shard and self.world.size > 1
+
+    def shard(self):
         "Divide the model and the optimizer's state over the processes."
         names = parameter_names(self.model, self.optimizer)
         state = checkpoint.optimizer_tensors(self.optimizer, names)
-        shard(self.model, self.experts.names)
+        shard(self.model, self.experts.names, self.dtype)
+        self.model.to(self.world.device)  # the experts too
         self.optimizer = make_optimizer(self.model, self.cfg)
-        params = dict(self.model.named_parameters())
-        for key, t in state.items():
-            name, entry = key.split('|')
-            p = params[name]
-            self.optimizer.state[p][entry] = as_part(t, p)
+        checkpoint.load_optimizer(self.optimizer, parameter_names(self.model, self.optimizer), state)
         self.hidden = self.model.hidden  # which gathers parameters now
-        return self.model
 
     @property
     def writers(self) -> int:
@@ -522,19 +511,14 @@ class RunFolder(TrainStep):
         return True
 
     def tensors_here(self) -> dict[str, dict[str, Tensor]]:
-        "What this process writes: its parts, its experts unless a copy does, and the first one all else."
+        "What this process writes."
         names = parameter_names(self.model, self.optimizer)
         everything = {
             'model': self.model.state_dict(),
             'optim': checkpoint.optimizer_tensors(self.optimizer, names),
         }
-
-        def mine(name: str, t: Tensor) -> bool:
-            spread = self.experts.size > 1 and is_expert(name)
-            return self.world.first or (self.world.rank < self.experts.size if spread else local(t) is not t)
-
         return {
-            group: {name: local(t) for name, t in tensors.items() if mine(name, t)}
+            group: {name: local(t) for name, t in tensors.items() if self.experts.writes(name, t)}
             for group, tensors in everything.items()
         }
 
@@ -747,14 +731,13 @@ class Logged(SafeRun):
         record = self.newest
         if self.is_due('eval'):
             record = record._replace(val=self.validate(everything=self.step == self.cfg.max_iters))
-        first, spread = (self.world.first, self.writers > 1)  # spread experts serve the first process only if
-        samples = (
-            list(routed_text(self)) if record.val and (first or spread) else []
-        )  # all compute the samples
+        first = self.world.first
         if first:
             self.keep_folder()
-            for row in samples:
+        for row in routed_text(self) if record.val and (first or self.writers > 1) else []:
+            if first:  # the others compute only for the first, whose tokens need their experts
                 self.samples.append(row)
+        if first:
             self.log.append(record.row())
             self.evaluations += evaluations([record.row()])
         return record
@@ -903,121 +886,6 @@ class _Callable(types.ModuleType):
 if '__file__' in globals():  # a module, not a notebook
     sys.modules[__name__].__class__ = _Callable
 __getattr__ = moved('optim', 'metrics', 'dataset')  # for names imported from here before
-
-# %% ../nbs/09_train.ipynb #main
-def live_line(r: Record, cfg: TrainConfig, started: float, first: int) -> str:
-    "One line of progress."
-    loads = [max(layer) * len(layer) / max(sum(layer), 1) for layer in r.load]  # 1 = uniform
-    experts = f'max load {max(loads):.2f}  dropped {r.drop_rate:.1%}  ' if loads else ''
-    seconds = round((time.perf_counter() - started) / max(r.step - first, 1) * (cfg.max_iters - r.step))
-    time_left = (
-        f'{seconds // 60}:{seconds % 60:02} left' if r.step > first else ''
-    )  # unknown before a second line
-    line = (
-        f'step {r.step:>{len(str(cfg.max_iters))}}/{cfg.max_iters}  ce {r.ce:.3f}  {r.bpb:.3f} bits/byte  '
-        f'{r.tok_per_s:,.0f} tok/s  {experts}{time_left}'
-    )
-    return line + (
-        f'  | validation: ce {r.val["val_ce"]:.3f}, {r.val["val_bpb"]:.3f} bits/byte' if r.val else ''
-    )
-
-
-def print_progress(line: str, keep: bool):
-    "Rewrite the terminal's last line; print a line of its own where it should stay or there is no terminal."
-    if not sys.stdout.isatty():
-        print_status(line)
-    else:
-        print('\r\033[K' + line, end='\n' if keep else '', flush=True)
-
-# %% ../nbs/09_train.ipynb #heading
-def heading(run: Trainer, given: list[str] = ()) -> str:
-    "What a run is about to do, the given options that have no effect, and what it resumes."
-    cfg, (total, active) = run.cfg, run.sizes
-    passes, processes = run.tokens_per_step * cfg.max_iters / len(run.data), run.world.size
-    lines = [
-        f'model       {total:,} parameters, {active:,} active per token',
-        f'data        {run.data.folder}: {len(run.data):,} tokens to train on',
-        f'batch       {run.tokens_per_step:,} tokens per step; {cfg.max_iters:,} steps are '
-        f'{passes:.2g} times the data',
-        f'device      {run.world.device.type}, {str(run.dtype).removeprefix("torch.")}, {processes} '
-        f'process{"es" * (processes > 1)}'
-        + f', experts over {cfg.expert_parallel} of them'
-        * (cfg.expert_parallel > 1),
-        f'folder      {run.out_dir}',
-    ]
-    idle = without_effect(run.model_cfg, cfg, given)
-    if idle:
-        lines += [f'no effect   {", ".join(idle)}']
-    if run.before is None:
-        return '\n'.join(lines)
-    old_settings, settings = to_dict(ModelConfig(), TrainConfig()) | run.before, to_dict(run.model_cfg, cfg)
-    changed = [
-        f'{name} {old_settings[name]} -> {settings[name]}'
-        for name in settings
-        if name != 'out_dir' and old_settings[name] != settings[name]
-    ]
-    goes_on = (
-        f'resumed from step {run.step}'
-        if run.step < cfg.max_iters
-        else f'at step {run.step} of {cfg.max_iters} already; to train further, use a larger --max_iters'
-    )
-    return '\n'.join(
-        [*lines, f'            {goes_on}' + (f'; changed: {", ".join(changed)}' if changed else '')]
-    )
-
-# %% ../nbs/09_train.ipynb #summary
-def validation_lines(row: dict, entry: dict) -> list[str]:
-    "The lines about an evaluation, given its log line and the split's entry in the manifest."
-    covered = 'the whole' if row['val_tokens'] == entry['tokens'] - 1 else 'a part of the'
-    lines = [
-        f'validation  ce {row["val_ce"]:.4f} nats per token, {row["val_bpb"]:.4f} bits per byte, '
-        f'on {covered} validation text: {row["val_bytes"]:,} bytes, step {row["step"]}'
-    ]
-    domains = [
-        f'{name} {row[f"val_bpb_{name}"]:.3f}' for name in entry['domains'] if f'val_bpb_{name}' in row
-    ]
-    return lines + ([f'by domain   {", ".join(domains)}'] if len(domains) > 1 else [])
-
-
-def summary(out_dir: Path, data: TokenDataset, newest: Record | None = None) -> str:
-    """The result of the run in `out_dir`, from its newest record or its log, beside general-purpose
-    compressors.
-    """
-    rows = read_log(out_dir / 'log.jsonl') + ([newest.row()] if newest else [])
-    rows, entry = [row for row in rows if 'val_ce' in row], data.manifest['splits']['val']
-    saved = checkpoint.steps(out_dir)
-    lines = validation_lines(rows[-1], entry) if rows else []
-    if 'gzip_bytes' in entry:
-        gzip, xz = (8 * entry[f'{name}_bytes'] / entry['bytes'] for name in ('gzip', 'xz'))
-        lines += [
-            f'compressors gzip -9 {gzip:.4f}, xz -9 {xz:.4f} bits per byte, '
-            f'on all {entry["bytes"]:,} validation bytes'
-        ]
-    if saved:
-        lines += [f'checkpoint  {os.path.relpath(saved[-1])}']
-    return '\n'.join(lines)
-
-
-def make_tracker(model_cfg: ModelConfig, cfg: TrainConfig):
-    "A wandb run when it is asked for, else None; a resumed run continues in the same."
-    if cfg.tracker == 'none':
-        return None
-    import wandb
-
-    folder = resolve(cfg.out_dir)
-    if not (note := folder / 'wandb-id.txt').exists():
-        write_whole(note, secrets.token_hex(4))
-    try:
-        return wandb.init(
-            project='nanomoe',
-            name=folder.name,
-            id=note.read_text().strip(),
-            resume='allow',
-            config=to_dict(model_cfg, cfg),
-            dir=folder,
-        )
-    except wandb.Error as e:
-        raise BadInput(f'tracker wandb cannot begin: {e}') from None
 
 # %% ../nbs/09_train.ipynb #command-watch
 def run_cli(model_cfg: ModelConfig, cfg: TrainConfig, given: list[str]) -> bool:

@@ -75,8 +75,9 @@ def imports_of(name: str) -> set[str]:
 # said in a line of the lesson
 LATER = {
     'experts': {'capacity'},
-    'optim': {'parallel'},
-    'train': {'parallel', 'expert_parallel', 'sizing'},
+    'optim': {'parallel', 'sharding'},
+    'train': {'parallel', 'expert_parallel', 'sharding', 'sizing'},
+    'expert_parallel': {'sharding'},
     'sample': {'parallel'},
 }
 

@@ -9,7 +9,8 @@ import pytest
 
 from nanomoe.metrics import Record
 from nanomoe.presets import PRESETS
-from nanomoe.train import live_line, print_progress, train_all, validation_lines
+from nanomoe.terminal import live_line, print_progress, validation_lines
+from nanomoe.train import train_all
 
 
 class Terminal(io.StringIO):
