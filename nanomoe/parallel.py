@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .command_line import launched_rank, tell_launcher
@@ -64,8 +63,6 @@ def wrap_ddp(model: torch.nn.Module, world: DistContext, leave: list[str] = ()) 
 
 def no_sync(model: torch.nn.Module, last: bool):
     "A context in which gradients are only added up; the `last` micro-batch of a step averages them."
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 

@@ -154,7 +154,7 @@ class RunState:
 
     def __init__(self, model_cfg: ModelConfig, cfg: TrainConfig, world: DistContext):
         self.cfg, self.world, self.out_dir = cfg, world, resolve(cfg.out_dir)
-        self.dtype = find_dtype(cfg.dtype, world.device)
+        self.dtype, self.sharded = find_dtype(cfg.dtype, world.device), cfg.shard and world.size > 1
         self.micro_batches = my_micro_batches(cfg.gradient_accumulation_steps, world)
         if not cfg.eval_only:
             check_folder(self.out_dir)
@@ -173,12 +173,8 @@ class RunState:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stop, self.halt = StopRequest(lambda: self.save_before_stop()), False
         self.changing = threading.RLock()  # held while weights, counters or checkpoints change
-        self.saver, self.spike_detector, self.newest, self.last = (
-            checkpoint.Saver(),
-            SpikeDetector(),
-            None,
-            None,
-        )
+        self.saver, self.spike_detector = checkpoint.Saver(), SpikeDetector()
+        self.newest = self.last = None
         self.evaluations = []  # their lines in the log
         self.vocabulary = (self.data.folder / 'tokenizer.json').read_text()
         self.log, self.samples = Lines(self.out_dir / 'log.jsonl'), Lines(self.out_dir / 'samples.jsonl')
@@ -241,14 +237,9 @@ class SharedRun(RunState):
             self.experts.disconnect()
             gc.collect()
 
-    @property
-    def sharded(self) -> bool:
-        return self.cfg.shard and self.world.size > 1
-
     def shard(self):
         "Divide the model and the optimizer's state over the processes."
-        names = parameter_names(self.model, self.optimizer)
-        state = checkpoint.optimizer_tensors(self.optimizer, names)
+        state = checkpoint.optimizer_tensors(self.optimizer, parameter_names(self.model, self.optimizer))
         shard(self.model, self.experts.names, self.dtype)
         self.model.to(self.world.device)  # the experts too
         self.optimizer = make_optimizer(self.model, self.cfg)
