@@ -192,8 +192,16 @@ class ExpertParallel(ExpertShare):
         torch._foreach_mul_([local(g) for g in grads], (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def share_overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer):
-        "An overflow in one process's part of the gradients is one for all: their loss scales stay equal."
-        if (self.layers or is_sharded(self.model)) and scaler.is_enabled():
-            for found in scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values():
-                all_reduce(found, 'max')
+    def unscale(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer):
+        "Divide the gradients by the scale of the loss. An overflow in one process's part is one for all."
+        if not scaler.is_enabled() or not self.layers and not is_sharded(self.model):
+            return scaler.unscale_(optimizer)
+        parts = []
+        for p in self.model.parameters():
+            if p.grad is not None:
+                parts.append(local(p.detach()))
+                parts[-1].grad = local(p.grad)
+        bad = ~nn.utils.get_total_norm([part.grad for part in parts]).isfinite()
+        spoiled = torch.where(all_reduce(bad.float(), 'max') > 0, torch.inf, 0.0)
+        max(parts, key=Tensor.numel).grad.add_(spoiled)
+        scaler.unscale_(torch.optim.SGD(parts))  # which it knows by their gradients

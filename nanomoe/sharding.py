@@ -14,19 +14,21 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from .router import TopKRouter
+
 # %% ../nbs/13_sharding.ipynb #shard
 def shard(model: nn.Module, leave: list[str] = (), dtype: torch.dtype = torch.float32) -> nn.Module:
     """Divide the model's parameters over all processes (FSDP2; ZeRO, 1910.02054, stage 3): `fully_shard`.
 
     Each process keeps a part of every parameter, gathers the parameters of a block before it computes, and
-    keeps its part of their summed gradients. Those of a block travel as `dtype`, but for the router's, which
-    computes in float32; gradients are added in float32. The parameters named in `leave` stay as they are.
+    keeps its part of their summed gradients. The matrices of a block are gathered in `dtype`, its norms and
+    its router in float32; gradients are added in float32. The parameters named in `leave` stay as they are.
     """
     ignored = {p for name, p in model.named_parameters() if name in leave}
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.h:
-        if dtype != torch.float32 and hasattr(block.mlp, 'router'):
-            fully_shard(block.mlp.router)
+        if dtype != torch.float32:
+            fully_shard([m for m in block.modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm, TopKRouter))])
         fully_shard(block, ignored_params=ignored, mp_policy=policy)
     fully_shard(model, ignored_params=ignored)
     register_fsdp_forward_method(model, 'hidden')

@@ -371,8 +371,7 @@ class TrainStep(Counts):
         parts = [self.micro_batch(first + i, last=i == self.micro_batches[-1]) for i in self.micro_batches]
         packed = torch.stack(parts).sum(0)
         self.experts.average_gradients()
-        self.scaler.unscale_(self.optimizer)
-        self.experts.share_overflow(self.scaler, self.optimizer)
+        self.experts.unscale(self.scaler, self.optimizer)
         norm = self.experts.clip_grad_norm(cfg.grad_clip or math.inf)
         bad, stop = (~torch.isfinite(norm + packed[0])).float(), packed.new_full((), bool(self.stop.signals))
         total = all_reduce(torch.cat([packed, bad[None], stop[None]]))

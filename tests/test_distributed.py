@@ -1,5 +1,5 @@
-"""Experts spread over processes: the numbers of one process, at any number of them, and across every change
-of it.
+"""Experts spread over processes, and sharded models: the numbers of one process, at any number of them, and
+across every change of it.
 """
 
 import json
@@ -20,7 +20,7 @@ from nanomoe.model import GPT, moe_layers, n_params
 from nanomoe.optim import make_optimizer, parameter_names
 from nanomoe.parallel import DistContext
 from nanomoe.presets import PRESETS
-from nanomoe.sizing import state_bytes
+from nanomoe.sizing import Layout, state_bytes
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 STEPS = 60
@@ -76,16 +76,30 @@ def alone(request, tmp_path_factory) -> tuple[list[str], Path]:
     return KINDS[request.param], folder
 
 
-@pytest.mark.parametrize('processes, spread', [(2, 2), (4, 2), (4, 4)])
-def test_spread_experts_are_those_of_one_process(alone, tmp_path, processes, spread):
+@pytest.mark.parametrize(
+    'processes, spread, options',
+    [
+        (2, 2, []),
+        (4, 2, []),
+        (4, 4, []),
+        (2, 1, ['--shard=True', '--recompute=True']),
+        (4, 2, ['--shard=True']),
+    ],
+    ids=['EP 2', 'DDP 2 x EP 2', 'EP 4', 'shard 2', 'shard 4 x EP 2'],
+)
+def test_the_numbers_are_those_of_one_process(alone, tmp_path, processes, spread, options):
     "Loss, gradient norm, evaluation, load and the weights at the end."
-    options, folder = alone
-    done = train(tmp_path / 'run', processes, *options, f'--expert_parallel={spread}')
+    kind, folder = alone
+    done = train(tmp_path / 'run', processes, *kind, f'--expert_parallel={spread}', *options)
     assert done.returncode == 0, done.stderr
-    assert f'experts over {spread} of them' in done.stdout
+    assert (f'experts over {spread} of them' in done.stdout) == (spread > 1)
+    assert (', sharded' in done.stdout) == bool(options)
     one, many = (read_log(path / 'log.jsonl') for path in (folder, tmp_path / 'run'))
     found = {name: largest(one, many, name) for name in ('ce', 'grad_norm', 'balance_loss', 'val_ce')}
-    print(f'\n{processes} processes, experts over {spread}:', {k: f'{v:.1e}' for k, v in found.items()})
+    print(
+        f'\n{processes} processes, experts over {spread}, {options}:',
+        {k: f'{v:.1e}' for k, v in found.items()},
+    )
     assert max(found.values()) <= 1e-5
     assert [row['val_load_numbers'] for row in one if 'val_ce' in row] == [
         row['val_load_numbers'] for row in many if 'val_ce' in row
@@ -96,11 +110,19 @@ def test_spread_experts_are_those_of_one_process(alone, tmp_path, processes, spr
         torch.testing.assert_close(weights[0][group], weights[1][group], atol=2e-4, rtol=2e-3)
 
 
-def test_the_number_of_processes_may_change(alone, tmp_path):
-    "Experts over two, then one process, then four: checkpoints are those of one model."
+@pytest.mark.parametrize(
+    'ways',
+    [
+        ((2, '--expert_parallel=2'), (1, '--seed=1337'), (4, '--expert_parallel=4')),
+        ((2, '--shard=True'), (1, '--shard=True'), (4, '--shard=True --expert_parallel=2')),
+    ],
+    ids=['experts spread', 'sharded'],
+)
+def test_the_number_of_processes_may_change(alone, tmp_path, ways):
+    "Two processes, then one, then four: checkpoints are those of one model."
     options, folder = alone
-    for last, processes in ((20, 2), (40, 1), (60, 4)):
-        done = train(tmp_path, processes, *options, f'--expert_parallel={processes}', f'--max_iters={last}')
+    for last, (processes, way) in zip((20, 40, 60), ways):
+        done = train(tmp_path, processes, *options, *way.split(), f'--max_iters={last}')
         assert done.returncode == 0, done.stderr
         assert len(list(tmp_path.glob(f'step-{last:08d}/model*'))) == processes
     one, mixed = (read_log(path / 'log.jsonl') for path in (folder, tmp_path))
@@ -118,6 +140,63 @@ def test_the_number_of_processes_may_change(alone, tmp_path):
     assert texts[0] == texts[1] and len(texts[0]) > 100
 
 
+@pytest.mark.parametrize('options', [[], ['--expert_parallel=2']], ids=['sharded', 'experts spread too'])
+def test_bfloat16_weights_are_gathered(tmp_path, options):
+    "Weights that travel in bfloat16 are those that autocast would have made of them."
+    words = ['--dtype=bfloat16', '--max_iters=20']
+    for name, processes, more in (('one', 1, []), ('many', 2, ['--shard=True', *options])):
+        done = train(tmp_path / name, processes, *words, *more)
+        assert done.returncode == 0, done.stderr
+    one, many = (read_log(tmp_path / name / 'log.jsonl') for name in ('one', 'many'))
+    print({name: f'{largest(one, many, name):.1e}' for name in ('ce', 'grad_norm', 'val_ce')})
+    assert largest(one[:1], many[:1], 'ce') <= 1e-6  # later, sums in another order show
+    assert largest(one, many, 'ce') <= 2e-3 and largest(one, many, 'val_ce') <= 2e-3
+
+
+OVERFLOW = """import json, sys, torch
+from nanomoe import parallel, train
+from nanomoe.sharding import local
+real = train.Trainer.train_step
+def step(run):
+    if run.step == 0:
+        run.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
+    if run.step == 2 and run.world.rank == 1:
+        p = dict(run.model.named_parameters())[sys.argv[1]]
+        def spoil(p):
+            if run.step == 2: local(p.grad).fill_(torch.inf)
+        p.register_post_accumulate_grad_hook(spoil)
+    found = real(run)
+    with open(f'{sys.argv[2]}.{run.world.rank}', 'a') as f:
+        print(json.dumps([run.step, run.skipped, run.scaler.get_scale()]), file=f)
+    return found
+train.Trainer.train_step = step
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    'name, options',
+    [
+        ('h.0.mlp.experts.c_fc', ['--expert_parallel=2']),
+        ('h.0.mlp.experts.c_fc', ['--shard=True']),
+        ('h.1.attn.c_proj.weight', ['--shard=True']),
+        ('h.0.mlp.experts.c_fc', ['--shard=True', '--expert_parallel=2']),
+    ],
+)
+def test_an_overflow_on_one_process_is_one_for_all(tmp_path, name, options):
+    "Gradients too large for float16 in the part of one process: all skip, and halve the scale of the loss."
+    (tmp_path / 'program.py').write_text(OVERFLOW)
+    program = (tmp_path / 'program.py', name, tmp_path / 'notes')
+    done = train(tmp_path / 'run', 2, '--max_iters=5', *options, program=program)
+    assert done.returncode == 0, done.stderr
+    notes = [
+        [json.loads(line) for line in (tmp_path / f'notes.{rank}').read_text().splitlines()]
+        for rank in (0, 1)
+    ]
+    assert notes[0] == notes[1]
+    assert [skipped for _, skipped, _ in notes[0]] == [0, 0, 1, 1, 1] and notes[0][-1][2] == 2.0**9
+
+
 FULL = """import os, sys
 from nanomoe import checkpoint, train
 real = checkpoint.write_tensors
@@ -129,28 +208,30 @@ train.main(sys.argv[1:])
 """
 
 
-def test_a_disk_that_is_full_for_one_process(tmp_path):
+@pytest.mark.parametrize('way', ['--expert_parallel=2', '--shard=True'])
+def test_a_disk_that_is_full_for_one_process(tmp_path, way):
     """The checkpoint of that step is not there, the first process says whose part is missing, and the run
     goes on.
     """
     (tmp_path / 'program.py').write_text(FULL)
     program, folder = (tmp_path / 'program.py',), tmp_path / 'run'
-    done = train(folder, 2, '--expert_parallel=2', '--max_iters=40', program=program)
+    done = train(folder, 2, way, '--max_iters=40', program=program)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('could not be written (process 1: [Errno 28] No space left on device)') == 1
     assert [path.name for path in checkpoint.steps(folder)] == ['step-00000040']
     assert not list(folder.glob('.tmp-*'))
 
 
-def test_a_flipped_bit_in_one_part(tmp_path):
+@pytest.mark.parametrize('way', ['--expert_parallel=2', '--shard=True'])
+def test_a_flipped_bit_in_one_part(tmp_path, way):
     "The newest checkpoint is refused by name, and all processes continue from the one before."
-    done = train(tmp_path, 2, '--expert_parallel=2', '--max_iters=40')
+    done = train(tmp_path, 2, way, '--max_iters=40')
     assert done.returncode == 0, done.stderr
     part = tmp_path / 'step-00000040' / 'optim-00002-of-00002.safetensors'
     data = bytearray(part.read_bytes())
     data[-9] ^= 4
     part.write_bytes(data)
-    done = train(tmp_path, 2, '--expert_parallel=2')
+    done = train(tmp_path, 2, way)
     assert done.returncode == 0 and f'{part} is not what was written' in done.stderr
     assert 'resumed from step 20' in done.stdout
     assert [row['step'] for row in read_log(tmp_path / 'log.jsonl')] == list(range(1, STEPS + 1))
@@ -239,6 +320,9 @@ def test_the_benchmark_counts_what_moves(tmp_path):
     )  # half of the rows leave, four times
     expected = 4 * (total - experts) + tokens
     assert rows['experts spread', 2]['MB sent'] == pytest.approx(expected / 1e6, rel=0.25)
+    blocks = sum(p.numel() for name, p in GPT(cfg).named_parameters() if name.startswith('h.'))
+    gathered = 4 * (2 * total + blocks) * 3 / 4
+    assert rows['sharded', 4]['MB sent'] == pytest.approx(gathered / 1e6, abs=0.06)
 
 
 @pytest.mark.parametrize('spread', [1, 2, 4])
@@ -256,7 +340,7 @@ def test_a_dry_run_knows_the_memory_of_one_process(spread, optimizer):
     steps.step()
     moments = sum(t.nbytes for state in steps.state.values() for name, t in state.items() if name != 'step')
     weights = sum(p.nbytes for p in model.parameters())
-    found = state_bytes(cfg, optimizer, spread)
+    found = state_bytes(cfg, optimizer, Layout(spread))
     assert found == dict(weights=weights, gradients=weights, moments=moments)
 
 
@@ -264,7 +348,9 @@ def test_a_dry_run_with_spread_experts(tmp_path):
     done = train(tmp_path / 'run', 2, '--expert_parallel=2', '--dry_run')
     assert done.returncode == 0, done.stderr
     assert 'on each process, with the experts over 2 of them' in done.stdout
-    assert 'without evaluations and all-to-all, on 2 processes' in done.stdout
+    assert 'without evaluations and communication, on 2 processes' in done.stdout
+    done = train(tmp_path / 'run', 2, '--shard=True', '--dry_run')
+    assert 'on each process, sharded over 2' in done.stdout
     done = train(tmp_path / 'run', 1, '--expert_parallel=2', '--dry_run')
     assert done.returncode == 2
     assert 'expert_parallel must divide the number of processes, 1, got 2' in done.stderr

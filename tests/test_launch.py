@@ -54,7 +54,9 @@ def untimed(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ('tok_per_s', 'mfu')} for row in rows]
 
 
-@pytest.mark.parametrize('options', [[], ['--expert_parallel=2']], ids=['data parallel', 'experts spread'])
+@pytest.mark.parametrize(
+    'options', [[], ['--expert_parallel=2', '--shard=True']], ids=['data parallel', 'spread and sharded']
+)
 def test_slurm_requeues_a_job_that_goes_on_bit_for_bit(cluster, tmp_path, options):
     def submit(name):
         command = ['bash', str(LAUNCH / 'slurm.sh'), *TINY, *options, f'--out_dir={tmp_path}/{name}']

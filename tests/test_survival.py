@@ -551,13 +551,16 @@ class Two(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(scope='module', params=[1, 2], ids=['data parallel', 'experts spread'])
+WAYS = {'data parallel': '--shard=False', 'experts spread': '--expert_parallel=2', 'sharded': '--shard=True'}
+
+
+@pytest.fixture(scope='module', params=WAYS.values(), ids=WAYS)
 def two(words, tmp_path_factory, request) -> Two:
     """The run that nothing happened to, on two processes.
 
     What averages has gone before the group it uses, or they may hang.
     """
-    folder, words = tmp_path_factory.mktemp('two'), [*words, f'--expert_parallel={request.param}']
+    folder, words = tmp_path_factory.mktemp('two'), [*words, request.param]
     (folder / 'program.py').write_text(
         'import gc, sys, torch.distributed as dist\nfrom nanomoe import train\n'
         'from torch.nn.parallel import DistributedDataParallel\nreal = dist.destroy_process_group\n'
@@ -736,14 +739,14 @@ def test_a_process_that_stands_still_is_named(tmp_path):
     assert checkpoint.load_latest(tmp_path / 'run').step == 4
 
 
-@pytest.mark.parametrize('spread', [1, 2], ids=['data parallel', 'experts spread'])
-def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path, spread):
+@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
+def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path, way):
     """An update that is not finite on one process is skipped by both, also where that process sends no token
     to some expert.
     """
     program = tmp_path / 'program.py'
     program.write_text(
-        'import math, os, sys, torch\nfrom nanomoe import train\n'
+        'import math, os, sys, torch\nfrom nanomoe import train\nfrom nanomoe.sharding import whole\n'
         'real_batch, real_update, bad = train.Trainer.micro_batch, train.Trainer.train_step, [int(s) '
         'for s in '
         'sys.argv[1].split(",")]\n'
@@ -752,7 +755,8 @@ def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path, spread):
         'def poisoned(run, number, last):\n'
         '    hook = None\n'
         '    if second and run.step in bad:\n'
-        '        hook = run.model.wpe.weight.register_hook(lambda g: g * math.nan)\n'
+        '        spoil = lambda module, x, y: y.register_hook(lambda g: g * math.nan) and None\n'
+        '        hook = run.model.ln_f.register_forward_hook(spoil)\n'
         '    try: return real_batch(run, number, last)\n'
         '    finally: hook and hook.remove()\n'
         'def update(run):\n'
@@ -760,14 +764,14 @@ def test_nan_on_one_process_and_an_expert_that_it_never_uses(tmp_path, spread):
         '        for block in run.model.h: block.mlp.router.score.register_forward_hook(shun)\n'
         '    out = real_update(run)\n'
         '    shared = [p for n, p in run.model.named_parameters() if n not in run.experts.names]\n'
-        '    weights = torch.cat([p.flatten() for p in shared])\n'
+        '    weights = torch.cat([whole(p.detach()).flatten() for p in shared])\n'
         '    torch.save(weights, f"{sys.argv[2]}.{run.world.rank}")\n'
         '    return out\n'
         'train.Trainer.micro_batch, train.Trainer.train_step = poisoned, update\n'
         'train.main(sys.argv[3:])'
     )
     words = [*TINY, '--max_iters=12', '--checkpoint_interval=5', '--balance=none']
-    words.append(f'--expert_parallel={spread}')
+    words.append(way)
     done = torchrun(program, '3,7', tmp_path / 'weights', *words, f'--out_dir={tmp_path}/two')
     assert done.returncode == 0, done.stderr
     rows = read_log(tmp_path / 'two' / 'log.jsonl')
