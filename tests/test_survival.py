@@ -719,7 +719,8 @@ def test_a_machine_that_goes_away(words, whole, tmp_path):
     assert max(abs(a - b) / a for a, b in zip(one, elastic, strict=True)) <= 1e-6
 
 
-def test_a_process_that_stands_still_is_named(tmp_path):
+@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
+def test_a_process_that_stands_still_is_named(tmp_path, way):
     program = tmp_path / 'program.py'
     program.write_text(
         'import os, sys, time\nfrom nanomoe import train\n'
@@ -732,7 +733,7 @@ def test_a_process_that_stands_still_is_named(tmp_path):
     )
     begun = time.monotonic()
     done = torchrun(
-        program, *TINY, '--hang_timeout=5', '--checkpoint_interval=2', f'--out_dir={tmp_path}/run'
+        program, *TINY, way, '--hang_timeout=5', '--checkpoint_interval=2', f'--out_dir={tmp_path}/run'
     )
     assert done.returncode == 1 and time.monotonic() - begun < 120
     assert lines_with('made no progress for 5 seconds', done.stderr) == 1 and 'process 1 (pid ' in done.stderr
