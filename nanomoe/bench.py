@@ -537,7 +537,7 @@ def parallel_process(rank: int, size: int, way: str, port: int, b: Bench) -> dic
     mb = (sum(sent) / len(times) + 4 * n * (size - 1) / size) / 1e6
     return dict(ms=1000 * statistics.median(times[1:]), sent=mb, peak=resident('VmHWM') / 2**20)
 
-
+# %% ../nbs/43_bench.ipynb #parallel-table
 def together(size: int, way: str, b: Bench) -> dict:
     "The largest figures of `size` processes that train together."
     with socket.socket() as s:
