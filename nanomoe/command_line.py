@@ -401,6 +401,14 @@ The same command again resumes the run in --out_dir from its last checkpoint."""
   python -m nanomoe.sample out/onboard --num_samples 4 --temperature 0.7
   python -m nanomoe.sample gpt2 --start "The experts" --stop "\\n\\n\"""",
     ),
+    'evaluate': Program(
+        'RUN [--OPTION VALUE ...]\n\nRUN is what sample takes.',
+        'measure what a model has learned of arithmetic',
+        """
+  python -m nanomoe.evaluate out/onboard
+  python -m nanomoe.evaluate out/onboard --n 1000
+  python -m nanomoe.evaluate --tasks_out tasks  # the same items for lm-eval""",
+    ),
     'viz': Program(
         """{experts,curve,report} RUN [--out FILE]
        python -m nanomoe.viz watch RUN [--port N] [--open=False]
@@ -413,7 +421,7 @@ The same command again resumes the run in --out_dir from its last checkpoint."""
   python -m nanomoe.viz model nano_moe""",
     ),
     'bench': Program(
-        '{layer,step,scale,write,data} [--OPTION ...]',
+        '{layer,step,scale,write,data,parallel} [--OPTION ...]',
         'time MoE layers against a FLOP-matched dense baseline',
         """
   python -m nanomoe.bench layer                 # one layer of experts

@@ -121,9 +121,9 @@ class TrainConfig:
     # compute dtype; auto is bfloat16 if supported
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
     expert_parallel: int = 1  # processes over which the experts of each layer are spread
-    shard: bool = False  # divide parameters, gradients and optimizer state over the processes (FSDP2)
+    shard: bool = False  # divide parameters, gradients and optimizer state over all processes (FSDP2)
     recompute: bool = (
-        False  # compute each block again in the backward pass instead of keeping its activations
+        False  # save memory: recompute each block in the backward pass instead of keeping its activations
     )
     backend: str = 'auto'  # torch.distributed backend; auto is nccl on cuda, gloo elsewhere
     compile: bool | None = None  # torch.compile; None is True on cuda, False elsewhere

@@ -31,7 +31,7 @@ def heading(run, given: list[str] = ()) -> str:
         + ', sharded' * run.sharded,
         f'folder      {run.out_dir}',
     ]
-    idle = without_effect(run.model_cfg, cfg, given)
+    idle = without_effect(run.model_cfg, cfg, given) + ['shard (1 process)'] * (cfg.shard and processes == 1)
     if idle:
         lines += [f'no effect   {", ".join(idle)}']
     if run.before is None:

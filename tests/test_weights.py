@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from test_original import FIXTURES, Original, worst
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen3MoeConfig
 
-from nanomoe import data, huggingface, pretrained, sample, train
+from nanomoe import data, evaluate, huggingface, pretrained, sample, train
 from nanomoe.checkpoint import save
 from nanomoe.command_line import parse
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
@@ -758,28 +757,10 @@ def test_narrow_layers_without_experts_are_refused():
 # ---- an evaluation that others trust
 
 
-@pytest.mark.skipif(
-    not find_spec('lm_eval') or not find_spec('accelerate'), reason='lm-eval is not installed'
-)
-def test_lm_eval_sees_our_log_probabilities(exported, tokenizer, tmp_path):
-    rows = [dict(question=f'the cat sat {n} times:', choices=[f'{n}', f'{n + 1}'], label=0) for n in range(6)]
-    (tmp_path / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    (tmp_path / 'cats.yaml').write_text(
-        json.dumps(
-            dict(
-                task='cats',
-                dataset_path='json',
-                dataset_kwargs=dict(data_files=dict(test=str(tmp_path / 'rows.jsonl'))),
-                test_split='test',
-                output_type='multiple_choice',
-                doc_to_text='{{question}}',
-                doc_to_choice='choices',
-                doc_to_target='label',
-                metric_list=[dict(metric='acc', aggregation='mean', higher_is_better=True)],
-            )
-        )
-    )
-    model, folder = exported['experts']
+def test_lm_eval_finds_the_same(exported, tokenizer, tmp_path):
+    "Every log-likelihood and every accuracy of our own items, from the exported folder."
+    (model, folder), n = exported['experts'], 12
+    evaluate.write_tasks(tmp_path, n)
     done = subprocess.run(
         [
             sys.executable,
@@ -790,7 +771,7 @@ def test_lm_eval_sees_our_log_probabilities(exported, tokenizer, tmp_path):
             '--model_args',
             f'pretrained={folder}',
             '--tasks',
-            'cats',
+            ','.join(f'nanomoe_{name}' for name in evaluate.TASKS),
             '--include_path',
             tmp_path,
             '--device',
@@ -804,19 +785,21 @@ def test_lm_eval_sees_our_log_probabilities(exported, tokenizer, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = [
-        json.loads(line)
-        for line in next((tmp_path / 'out').rglob('samples_*.jsonl')).read_text().splitlines()
-    ]
-    assert len(found) == len(rows)
-    for row in found:
-        for choice, reply in zip(row['doc']['choices'], row['filtered_resps']):
-            question = row['doc']['question']
-            before, after = (tokenizer.encode_ordinary(text) for text in (question, f"{question} {choice}"))
-            with torch.no_grad():
-                logs = model(torch.tensor([after[:-1]])).logits[0].log_softmax(-1)
-            ours = sum(logs[i - 1, after[i]].item() for i in range(len(before), len(after)))
-            assert after[: len(before)] == before and abs(ours - float(reply[0])) < 1e-4
+    results = json.loads(next((tmp_path / 'out').rglob('results_*.json')).read_text())['results']
+    for name, task in evaluate.TASKS.items():
+        made = evaluate.items(task, n)
+        samples = next((tmp_path / 'out').rglob(f'samples_nanomoe_{name}_*.jsonl')).read_text()
+        found = [json.loads(line) for line in samples.splitlines()]
+        theirs = [float(reply[0]) for row in found for reply in row['filtered_resps']]
+        scores = evaluate.score(model, tokenizer, [(i.question, ' ' + c) for i in made for c in i.choices])
+
+        assert len(theirs) == len(scores)
+        assert max(abs(a - b) for a, (b, _) in zip(theirs, scores)) < 1e-4
+        ours = evaluate.measure(model, tokenizer, made)
+        assert results[f'nanomoe_{name}']['acc,none'] == pytest.approx(ours['acc'])
+        assert name == 'spelling' or results[f'nanomoe_{name}']['acc_norm,none'] == pytest.approx(
+            ours['acc_norm']
+        )
 
 
 def test_gpt2s_vocabulary_is_known_without_fetching_it(gpt2_vocabulary, tmp_path, monkeypatch):
