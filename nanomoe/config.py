@@ -64,6 +64,10 @@ class ModelConfig:
     aux_loss_weight: float = 0.01  # weight of the load-balancing loss, summed over layers
     router_z_loss_weight: float = 0.001  # weight of the router z-loss, summed over layers
     init: Literal['gpt2', 'switch'] = 'gpt2'  # switch: truncated normal scaled by fan-in, as in nanoMoE
+    # width and layers at which the learning rates were tuned: from them, init and rates are scaled to this
+    # model
+    base_width: int | None = None
+    base_layers: int | None = None
 
     @property
     def d_ff(self) -> int:
@@ -303,7 +307,7 @@ def model_problems(m: ModelConfig) -> list[str]:
 
     for name in ('block_size', 'n_layer', 'n_head', 'n_embd', 'n_experts', 'moe_every', 'min_capacity'):
         need(getattr(m, name) >= 1, f'{name} must be at least 1, got {getattr(m, name)}')
-    for name in ('vocab_size', 'mlp_width', 'expert_width', 'n_kv_head'):
+    for name in ('vocab_size', 'mlp_width', 'expert_width', 'n_kv_head', 'base_width', 'base_layers'):
         need(
             getattr(m, name) is None or getattr(m, name) >= 1,
             f'{name} must be at least 1, got {getattr(m, name)}',
@@ -319,6 +323,10 @@ def model_problems(m: ModelConfig) -> list[str]:
     need(
         m.n_kv_head is None or m.n_kv_head < 1 or m.n_head % m.n_kv_head == 0,
         f'n_head must be a multiple of n_kv_head={m.n_kv_head}, got {m.n_head}',
+    )
+    need(
+        m.base_width is None or m.init == 'gpt2',
+        f'init must be gpt2 with base_width={m.base_width}, got {m.init}',
     )
     need(m.n_shared_experts >= 0, f'n_shared_experts must be at least 0, got {m.n_shared_experts}')
     need(0 <= m.jitter < 1, f'jitter must be at least 0 and below 1, got {m.jitter}')

@@ -74,6 +74,9 @@ def initialize(model: nn.Module, cfg: ModelConfig):
     `init='switch'` draws every matrix but positions from a normal of std √(1/fan_in), cut off at two of
     them. That is nanoMoE's scale of 1, where Switch recommends 0.1 (2101.03961 §2.4). As in nanoMoE it
     reaches the tied embedding too, and not what writes to the residual stream.
+
+    Where `base_width` is set and the model is `r` times wider, the blocks' matrices are divided by √r and the
+    final norm by r, so that logits begin as large as at that width (µP, 2203.03466).
     """
     for name, p in model.named_parameters():
         if name.endswith('bias'):
@@ -82,6 +85,14 @@ def initialize(model: nn.Module, cfg: ModelConfig):
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer))
         elif p.dim() >= 2:
             matrix_init(p, cfg, fan_in=p.size(1), switch=cfg.init == 'switch' and name != 'wpe.weight')
+    if cfg.base_width:
+        ratio = cfg.n_embd / cfg.base_width
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.startswith('ln_f.'):
+                    p /= ratio
+                elif name.startswith('h.') and p.dim() >= 2 and not name.endswith('bias'):
+                    p /= ratio**0.5
 
 # %% ../nbs/07_model.ipynb #backbone
 class Backbone(nn.Module):
