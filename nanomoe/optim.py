@@ -98,7 +98,7 @@ class Muon(torch.optim.AdamW):
         state['step'] += 1
         return grad + 0.95 * state['exp_avg'].mul_(0.95).add_(grad)
 
-# %% ../nbs/08_optim.ipynb #make-optimizer
+# %% ../nbs/08_optim.ipynb #parameter-kind
 KINDS = 'matrix', 'expert', 'embedding', 'router', 'vector'
 
 
@@ -127,7 +127,7 @@ def transfer_scale(name: str, p: Tensor, cfg: TrainConfig, model_cfg: ModelConfi
         scale *= model_cfg.base_layers / model_cfg.n_layer
     return scale
 
-
+# %% ../nbs/08_optim.ipynb #make-optimizer
 def make_optimizer(model: GPT, cfg: TrainConfig) -> torch.optim.AdamW:
     """AdamW (1711.05101), fused, or Muon for the blocks' matrices and AdamW for embeddings, routers and
     norms.
