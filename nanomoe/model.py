@@ -76,7 +76,7 @@ def initialize(model: nn.Module, cfg: ModelConfig):
     reaches the tied embedding too, and not what writes to the residual stream.
 
     Where `base_width` is set and the model is `r` times wider, the blocks' matrices are divided by √r and the
-    final norm by r, so that logits begin as large as at that width (µP, 2203.03466).
+    final norm by r, so that the logits change equally in a step at every width (µP, 2203.03466).
     """
     for name, p in model.named_parameters():
         if name.endswith('bias'):

@@ -116,8 +116,8 @@ def transfer_scale(name: str, p: Tensor, cfg: TrainConfig, model_cfg: ModelConfi
     than `base_layers`.
 
     With a model r times as wide: 1/r for AdamW's matrices in the blocks and the final norm (µP, 2203.03466),
-    1/√r for Muon's, whose updates have √r times the norm. With d times the layers: 1/d for what writes to the
-    residual stream (2505.01618).
+    1/√r for Muon's, whose updates have √r times the spectral norm. With d times the layers: 1/d for what
+    writes to the residual stream (2505.01618 divides the blocks' outputs instead).
     """
     kind, scale = parameter_kind(name, p), 1.0
     if model_cfg.base_width and (kind in ('matrix', 'expert', 'router') or name.startswith('ln_f.')):
