@@ -519,7 +519,7 @@ class Saving(RunFolder):
     def save_checkpoint(self, halt: bool):
         """Start a checkpoint of this step; it is written while training continues, unless it is to `halt`.
 
-        The first process writes, and where the experts are spread, each that holds other experts.
+        The first process writes, and each that holds a part of the model which no process before it holds.
 
         None is made in a streak of skipped updates, whose weights may be what makes the loss NaN. Raises
         `RuntimeError` where the weights are not finite.
@@ -646,7 +646,7 @@ class SafeRun(Checkpoints):
     def save_before_stop(self):
         """Save the last complete step: between two updates, weights and counters do not change.
 
-        Not where the experts are spread: the other processes may be in another step.
+        Not where processes hold different parts of the model: the other processes may be in another step.
         """
         if self.writers > 1:
             return
@@ -725,7 +725,7 @@ class Logged(SafeRun):
         if first:
             self.keep_folder()
         for row in routed_text(self) if record.val and (first or self.writers > 1) else []:
-            if first:  # the others compute only for the first, whose tokens need their experts
+            if first:  # the others compute only for the first, which needs their parts
                 self.samples.append(row)
         if first:
             self.log.append(record.row())
