@@ -65,9 +65,10 @@ def apply_rope(x: Tensor, start: int | Tensor = 0) -> Tensor:
     T, D = x.shape[-2:]
     rate = 10_000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D/2,) radians per position
     angle = torch.outer((start + torch.arange(T, device=x.device)).float(), rate)  # (T, D/2)
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+    cos = angle.cos().repeat(1, 2)
+    sin = torch.cat([-angle.sin(), angle.sin()], -1)  # (T, D)
+    x_float = x.float()
+    return (x_float * cos + x_float.roll(D // 2, -1) * sin).to(x.dtype)
 
 # %% ../nbs/06_attention.ipynb #causal-self-attention
 class HeadNorm(nn.RMSNorm):

@@ -49,7 +49,17 @@ _gpt2_run = dict(  # nanoGPT's defaults
 _original = dict(
     block_size=1024, n_layer=6, n_head=6, n_embd=384, vocab_size=50304
 )  # nanoMoE's published run
-_onboard_run = TrainConfig(optimizer='muon', learning_rate=1e-2)
+_onboard_run = TrainConfig(
+    max_iters=1600,
+    batch_size=8,
+    optimizer='muon',
+    learning_rate=2e-2,
+    embed_lr=0.3,
+    router_lr=0.2,
+    eval_interval=200,
+    checkpoint_interval=200,
+    dtype='float32',
+)
 _parts_of_qwen3 = dict(
     positions='rotary', norm='rmsnorm', qk_norm=True, activation='swiglu', norm_topk_prob=True
 )
@@ -71,8 +81,15 @@ _presets = {
             dtype='float32',
         ),
     ),
-    'onboard': (ModelConfig(moe_every=1, expert_width=128, positions='rotary'), _onboard_run),
-    'onboard_modern': (ModelConfig(**_parts_of_qwen3, moe_every=1, expert_width=88), _onboard_run),
+    'onboard': (ModelConfig(block_size=128, moe_every=1, expert_width=128, positions='rotary'), _onboard_run),
+    'onboard_modern': (
+        ModelConfig(**_parts_of_qwen3, block_size=128, moe_every=1, expert_width=88),
+        _onboard_run,
+    ),
+    'onboard_short': (
+        ModelConfig(moe_every=1, expert_width=128, positions='rotary'),
+        TrainConfig(optimizer='muon', learning_rate=1e-2),
+    ),
 }
 
 # %% ../nbs/31_presets.ipynb #published-presets
@@ -181,6 +198,7 @@ PRESET_NOTES = {
     'tiny': 'arithmetic, in ten seconds',
     'onboard': 'minutes on 2 CPU cores: what make train runs',
     'onboard_modern': 'like onboard, Qwen3-MoE style, for export',
+    'onboard_short': 'the same model in 500 steps of 256 positions: lessons 21, 24, 25',
     'nano_moe': "nanoMoE's published run",
     'nano_moe_dense': 'the same without experts',
     'modern': 'nano_moe in 64 experts, Qwen3-MoE style',

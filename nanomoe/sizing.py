@@ -19,7 +19,7 @@ from .config import BadInput, ModelConfig, TrainConfig, without_effect
 from .dataset import TokenDataset, dataset_folder, fit_vocabulary, n_sequences
 from .expert_parallel import check_spread
 from .files import resolve
-from .model import GPT, flops_per_token, moe_layers
+from .model import GPT, chunk_rows, flops_per_token, moe_layers
 from .optim import make_optimizer
 from .parallel import DistContext, find_dtype, keep_freed_memory, dist_context, my_micro_batches
 from .presets import VOCABULARIES, short, total_active, weights_by_part
@@ -107,15 +107,16 @@ def step_bytes(
     cfg: ModelConfig,
     batch: int,
     low: bool = False,
-    chunk: int = 1024,
+    device: str = 'cpu',
     optimizer: str = 'adamw',
     layout: Layout = Layout(),
 ) -> dict[str, float]:
     """Peak bytes of a training step with several micro-batches, on one process.
 
-    `low`: bfloat16 autocast; `chunk`: logit rows at a time.
+    `low`: bfloat16 autocast; `device`: cpu or cuda, on which the head's chunk depends.
     """
     N, V, a = batch * cfg.block_size, cfg.vocab_size, 2 if low else 4
+    chunk = chunk_rows(V, device)
     leftover = (6 if low else 4) * (N > chunk)  # bytes left of the chunk before
     return state_bytes(cfg, optimizer, layout) | {
         'copies': copied_bytes(cfg, low, layout),
@@ -222,7 +223,7 @@ def needs(
     "Lines about memory and time, given how many micro-batches a step has on this process."
     cuda, low, P = world.device.type == 'cuda', dtype != torch.float32, cfg.expert_parallel
     layout = Layout(P, world.size if cfg.shard else 1, cfg.recompute)
-    step = model_cfg, cfg.batch_size, low, 4096 if cuda else 1024, cfg.optimizer
+    step = model_cfg, cfg.batch_size, low, world.device.type, cfg.optimizer
     state = sum(state_bytes(model_cfg, cfg.optimizer, layout).values())
     peak, alone = sum(step_bytes(*step, layout).values()), sum(step_bytes(*step).values())
     memory = (

@@ -867,7 +867,7 @@ def memory(given) -> dict:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         measured = (resident('VmHWM') if given.dry else torch.cuda.max_memory_allocated()) - before
-        planned = sum(step_bytes(cfg, B, is_low, 1024 if given.dry else 4096).values())
+        planned = sum(step_bytes(cfg, B, is_low, 'cpu' if given.dry else 'cuda').values())
         rows.append(
             dict(
                 case=name,
