@@ -50,7 +50,7 @@ _original = dict(
     block_size=1024, n_layer=6, n_head=6, n_embd=384, vocab_size=50304
 )  # nanoMoE's published run
 _onboard_run = TrainConfig(
-    max_iters=1600,
+    max_iters=1200,
     batch_size=8,
     optimizer='muon',
     learning_rate=2e-2,
@@ -81,7 +81,10 @@ _presets = {
             dtype='float32',
         ),
     ),
-    'onboard': (ModelConfig(block_size=128, moe_every=1, expert_width=128, positions='rotary'), _onboard_run),
+    'onboard': (
+        ModelConfig(block_size=128, moe_every=1, expert_width=128, positions='rotary', norm_topk_prob=True),
+        _onboard_run,
+    ),
     'onboard_modern': (
         ModelConfig(**_parts_of_qwen3, block_size=128, moe_every=1, expert_width=88),
         _onboard_run,
@@ -198,7 +201,7 @@ PRESET_NOTES = {
     'tiny': 'arithmetic, in ten seconds',
     'onboard': 'minutes on 2 CPU cores: what make train runs',
     'onboard_modern': 'like onboard, Qwen3-MoE style, for export',
-    'onboard_short': 'the same model in 500 steps of 256 positions: lessons 21, 24, 25',
+    'onboard_short': 'the setting of lessons 21, 24 and 25',
     'nano_moe': "nanoMoE's published run",
     'nano_moe_dense': 'the same without experts',
     'modern': 'nano_moe in 64 experts, Qwen3-MoE style',
