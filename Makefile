@@ -6,14 +6,15 @@ RUN = out/onboard
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test lab cuda clean
+.PHONY: help train test lab site cuda clean
 
 help:
 	@echo 'make train   install into .venv (2 GB), prepare text, train the preset onboard and generate text (minutes)'
 	@echo 'make test    install the same, then run every notebook and test'
 	@echo 'make lab     install the same, prepare the text for the lessons, then open the course in JupyterLab'
+	@echo 'make site    install the same, then build the course and an API reference as web pages in _site'
 	@echo 'make cuda    run GPU tests and benchmarks (ARGS=--dry: try it on the CPU)'
-	@echo 'make clean   remove .venv, data, out and build files'
+	@echo 'make clean   remove .venv, data, out, _site and build files'
 
 train: .venv/installed
 	@echo '== exporting the notebooks to nanomoe/'
@@ -38,12 +39,16 @@ lab: .venv/installed
 	@test -f data/numbers/manifest.json || $(BIN)/python -m nanomoe.data numbers
 	@env -u OMP_NUM_THREADS $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $$(test $$(id -u) -ne 0 || echo --allow-root)
 
+site: .venv/installed
+	@$(BIN)/nbdev_export
+	@$(BIN)/python tools/site/build.py
+
 cuda:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then $(PYTHON) tools/cuda.py $(ARGS); \
 	else $(MAKE) --no-print-directory .venv/installed && $(BIN)/python tools/cuda.py $(ARGS); fi
 
 clean:
-	rm -rf .venv data out build nanomoe.egg-info
+	rm -rf .venv data out _site build nanomoe.egg-info
 
 .venv/installed: settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'nanomoe needs Python 3.11 or newer; set PYTHON=/path/to/python3.11'; exit 1; }

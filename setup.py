@@ -9,8 +9,8 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=['='])
 ini.read(here / 'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('data', 'hf', 'lab', 'wandb', 'dev')}
-extras['dev'] += sum((extras[name] for name in ('data', 'hf', 'lab', 'wandb')), [])
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('data', 'hf', 'lab', 'wandb', 'site', 'dev')}
+extras['dev'] += sum((extras[name] for name in ('data', 'hf', 'lab', 'wandb', 'site')), [])
 
 setup(
     name=cfg['lib_name'],
