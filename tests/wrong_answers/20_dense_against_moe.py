@@ -1,19 +1,19 @@
 # ruff: noqa: F811, F821
 # %% exercise-steps: multiplies where it must divide
-steps = 800 * 1.30
+steps = 2000 * 1.05
 
-# %% exercise-steps: takes 30 percent off
-steps = 800 * 0.70
+# %% exercise-steps: by the step of matched dense
+steps = 2000 / 1.27
 
 
 # %% exercise-clock: the other way round
 def break_even(dense_curve, mixture_final):
-    return float(400 / np.exp(np.interp(-mixture_final, -np.array(dense_curve), np.log(STEPS))))
+    return float(1000 / np.exp(np.interp(-mixture_final, -np.array(dense_curve), np.log(STEPS))))
 
 
 # %% exercise-clock: interpolates in steps, not in their logarithm
 def break_even(dense_curve, mixture_final):
-    return float(np.interp(-mixture_final, -np.array(dense_curve), STEPS) / 400)
+    return float(np.interp(-mixture_final, -np.array(dense_curve), STEPS) / 1000)
 
 
 # %% exercise-matched: matches the parameters
