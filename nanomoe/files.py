@@ -9,7 +9,7 @@ __all__ = ['fsync', 'sha256', 'put_in_place', 'put_back', 'write_whole', 'checks
 
 # %% ../nbs/32_files.ipynb #imports
 import hashlib, io, json, math, os, shutil, sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -148,10 +148,11 @@ def numbers(value):
 
     Raises `ValueError` for anything else.
     """
+    kind = type(value)
+    if kind is float or kind is int and abs(value) < 2**63:
+        return value
     if value is None:
         return math.nan
-    if type(value) is float or type(value) is int and abs(value) < 2**63:
-        return value
     if isinstance(value, dict):
         return {key: numbers(part) for key, part in value.items()}
     if not isinstance(value, list):
@@ -177,15 +178,19 @@ class Tail:
         self.path, self.parse, self.restarts = path, parse or numbers, 0
         self.at, self.number, self.before, self.inode, self.complete = 0, 0, b'', None, False
 
-    def read(self, most: int = 2**20) -> list[dict]:
+    def read(self, most: int = 2**20, stride: int = 1, marks: Sequence[bytes] = ()) -> list[dict]:
         """The next rows, in about `most` bytes; `complete` is then whether that was all.
 
+        Only every `stride`-th line is parsed, those that contain one of `marks`, and the file's last 64.
         If the file was shortened or replaced, `restarts` is one more and the rows are its first.
         """
-        rows = []
-        for line in self.next_lines(most):
-            row, self.number = log_row(line, self.parse), self.number + 1
-            if row is not None:
+        rows, lines = [], self.next_lines(most)
+        always = len(lines) - 64 if self.complete else len(lines)
+        for i, line in enumerate(lines):
+            self.number += 1
+            if self.number % stride and i < always and not any(mark in line for mark in marks):
+                continue
+            if (row := log_row(line, self.parse)) is not None:
                 rows.append(row)
             elif line:
                 print_status(f'{self.path} line {self.number} cannot be read and is left out', sys.stderr)
@@ -211,6 +216,12 @@ class Tail:
         self.at, self.complete = self.at + len(chunk), len(chunk) < most
         self.before = (self.before + chunk[-256:])[-256:]
         return chunk.split(b'\n')[:-1]
+
+    def backlog(self) -> int:
+        "About how many lines are still to be read, judged by the size of the file."
+        size = self.path.stat().st_size if self.path.exists() else 0
+        bytes_per_line = self.at / self.number if self.number else 1024
+        return int(max(size - self.at, 0) / bytes_per_line)
 
     def restart(self, inode: int | None):
         "Forget what was read: another file is there now, or none."
