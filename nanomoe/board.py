@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'TRAINING', 'VALIDATION', 'EARLIER', 'Panel', 'svg_words', 'short_number', 'round_numbers', 'svg_loss',
-           'svg_load_history', 'svg_load', 'board_svg', 'board_parts', 'Series', 'line_chart', 'svg_of', 'legend_line',
-           'below', 'points_of', 'band_of', 'loss_chart', 'metric_chart', 'layer_chart', 'load_charts', 'page_charts',
-           'Board']
+           'svg_load_history', 'svg_load', 'board_svg', 'board_parts', 'Series', 'svg_of', 'legend_line',
+           'tokens_below', 'line_chart', 'points_of', 'band_of', 'loss_chart', 'metric_chart', 'layer_chart',
+           'load_charts', 'page_charts', 'Board']
 
 # %% ../nbs/44_board.ipynb #imports
 import html, time
@@ -53,7 +53,7 @@ class Panel(NamedTuple):
         )
 
     def axes(self, title: str) -> str:
-        "A title, and two axes with ticks at round numbers."
+        "A title, and two axes with ticks at round numbers; across are steps."
         bottom, right = self.top + self.height, self.left + self.width
         lines = f'<path d="M{self.left},{self.top}V{bottom}H{right}" fill="none" stroke="currentColor"/>'
         xs = [svg_words(self.across(v), bottom + 15, short_number(v)) for v in round_numbers(*self.xlim)]
@@ -61,7 +61,10 @@ class Panel(NamedTuple):
             svg_words(self.left - 5, self.down(v) + 4, short_number(v), 'end')
             for v in round_numbers(*self.ylim)
         ]
-        return svg_words(self.left, 16, title, 'start') + lines + ''.join(xs + ys)
+        words = svg_words(self.left, 16, title, 'start') + svg_words(
+            self.left - 9, bottom + 15, 'step', 'end'
+        )
+        return words + lines + ''.join(xs + ys)
 
 # %% ../nbs/44_board.ipynb #svg-words
 def svg_words(x: float, y: float, text: str, anchor: str = 'middle', color: str = '') -> str:
@@ -189,14 +192,39 @@ class Series(NamedTuple):
         line = panel.points(x, low)
         return f'<polyline points="{line}" fill="none" stroke="{self.color}" stroke-width="1.5"/>'
 
+# %% ../nbs/44_board.ipynb #line-chart-parts
+def svg_of(content: str) -> str:
+    "A chart for a page, in the color of its text."
+    return f'<svg viewBox="0 0 320 210" role="img" {_font}>{content}</svg>'
+
+
+def legend_line(names: Sequence[tuple[str, str]]) -> str:
+    "Labels in their colors, side by side; of more than four, the first, some between and the last."
+    names = downsample(names, 4)
+    parts = [f'<tspan fill="{color}">{html.escape(escape_controls(name))}</tspan>' for name, color in names]
+    return f'<text x="46" y="33">{" &#160;".join(parts)}</text>'
+
+
+def tokens_below(panel: Panel, rows: Sequence[dict]) -> str:
+    "Below the steps of the horizontal axis, the tokens that were processed by then."
+    y, rows = panel.top + panel.height + 30, finite(rows, 'tokens')
+    if not rows:
+        return ''
+    steps, tokens = ([row[key] for row in rows] for key in ('step', 'tokens'))
+    counts = [(tick, float(f'{np.interp(tick, steps, tokens):.3g}')) for tick in round_numbers(*panel.xlim)]
+    words = [svg_words(panel.across(tick), y, short_number(count)) for tick, count in counts]
+    return svg_words(panel.left - 9, y, 'tokens', 'end') + ''.join(words)
+
 
 MARKS = {'line': '—', 'dots': '●', 'band': '▒', 'ticks': '❘'}
 
 
 def line_chart(
-    title: str, series: Sequence[Series], low: float | None = None, rows: Sequence[dict] = ()
+    title: str, series: Sequence[Series], low: float = np.inf, rows: Sequence[dict] = (), least: float = 1e-3
 ) -> str:
-    """An SVG picture of series over steps; the vertical axis begins at `low`, or at the lowest value.
+    """An SVG picture of series over steps; the vertical axis begins at `low` if nothing is lower.
+
+    It spans `least` at the least.
 
     With `rows`, a second line below the axis gives the tokens that were processed by then.
     """
@@ -207,37 +235,16 @@ def line_chart(
         return svg_of(svg_words(8, 16, title, 'start') + svg_words(8, 60, 'no finite value yet', 'start'))
     steps = np.concatenate([points[:, 0] for points in valued])
     values = np.concatenate([points[:, 1:].ravel() for points in valued])
-    bottom = values.min() if low is None else low
-    top = max(values.max(), bottom + (abs(bottom) * 0.01 or 1e-3))
-    panel = Panel(46, 260, (steps.min(), steps.max()), (bottom, top), top=44, height=130)
+    bottom = min(values.min(), low)
+    top = max(values.max(), bottom + (abs(bottom) * 0.01 or least))
+    panel = Panel(46, 254, (steps.min(), steps.max()), (bottom, top), top=44, height=130)
     names = [(f'{MARKS[s.kind]} {s.label}', s.color) for s in series if s.label]
     return svg_of(
-        panel.axes(title) + legend_line(names) + ''.join(s.svg(panel) for s in series) + below(panel, rows)
+        panel.axes(title)
+        + legend_line(names)
+        + ''.join(s.svg(panel) for s in series)
+        + tokens_below(panel, rows)
     )
-
-# %% ../nbs/44_board.ipynb #line-chart-parts
-def svg_of(content: str) -> str:
-    "A chart for a page, in the color of its text."
-    return f'<svg viewBox="0 0 320 222" role="img" {_font}>{content}</svg>'
-
-
-def legend_line(names: Sequence[tuple[str, str]]) -> str:
-    "Labels in their colors, side by side; of more than four, the first, some between and the last."
-    names = downsample(names, 4)
-    parts = [f'<tspan fill="{color}">{html.escape(escape_controls(name))}</tspan>' for name, color in names]
-    return f'<text x="46" y="33">{" &#160;".join(parts)}</text>'
-
-
-def below(panel: Panel, rows: Sequence[dict]) -> str:
-    "What the horizontal axis counts: steps, and tokens if rows are given."
-    y, right = panel.top + panel.height + 30, panel.left + panel.width
-    if not (rows := finite(rows, 'tokens')):
-        return svg_words(right, y, 'step', 'end')
-    steps, tokens = ([row[key] for row in rows] for key in ('step', 'tokens'))
-    ticks = [tick for tick in round_numbers(*panel.xlim) if panel.across(tick) < right - 60]
-    counts = [(tick, short_number(float(f'{np.interp(tick, steps, tokens):.3g}'))) for tick in ticks]
-    words = [svg_words(panel.across(tick), y, count) for tick, count in counts]
-    return ''.join(words) + svg_words(right, y, 'tokens below steps', 'end')
 
 # %% ../nbs/44_board.ipynb #page-charts
 TRAINING, VALIDATION, EARLIER = '#56B4E9', '#D55E00', '#999999'
@@ -269,18 +276,18 @@ def loss_chart(rows: Sequence[dict], earlier: tuple[str, Sequence[dict]] | None 
             Series('', EARLIER, points_of(before, f'val_{key}'), 'dots'),
             Series('training', TRAINING, np.array(trained)),
             Series('validation', VALIDATION, np.array(val_points), 'dots'),
-            Series('spike', '#CC0000', np.array(spikes).reshape(-1, 2), 'ticks'),
+            Series('spike', '#E5484D', np.array(spikes).reshape(-1, 2), 'ticks'),
         ],
         rows=rows,
     )
 
 
 def metric_chart(rows: Sequence[dict], key: str, title: str, scale: float = 1.0) -> str:
-    "One figure of the log lines, from 0 on."
+    "One figure of the log lines, from 0 on; in percent with scale 100, up to 1 at the least."
     lines = [Series('', TRAINING, points_of(rows, key, scale))]
     if key in ('ce', 'grad_norm') and len(band := band_of(rows, key)):
         lines.append(Series('range', TRAINING, band, 'band'))
-    return line_chart(title, lines, low=0.0)
+    return line_chart(title, lines, low=0.0, least=1.0 if scale == 100 else 1e-3)
 
 # %% ../nbs/44_board.ipynb #layer-charts
 def layer_chart(rows: Sequence[dict], key: str, title: str, level: tuple[str, float] | None = None) -> str:
@@ -290,7 +297,8 @@ def layer_chart(rows: Sequence[dict], key: str, title: str, level: tuple[str, fl
     if not rows:
         return line_chart(title, [])
     values, steps = np.array([row['health'][key] for row in rows], float), [row['step'] for row in rows]
-    shades = matplotlib.colormaps['viridis'](np.linspace(0.3, 0.75, values.shape[1]))  # not dark, not pale
+    hues = np.linspace(0.58, 0.06, values.shape[1])  # readable on black and on white
+    shades = matplotlib.colors.hsv_to_rgb([(hue, 0.75, 0.8) for hue in hues])
     series = [
         Series(f'layer {i}', matplotlib.colors.to_hex(shade), np.column_stack([steps, values[:, i]]))
         for i, shade in enumerate(shades)
@@ -304,9 +312,10 @@ def load_charts(rows: Sequence[dict], most: int = 8) -> list[str]:
     "The load of all layers now, and over time for each of them; of more than `most` layers, for some."
     routed = routed_rows(rows)
     layers = downsample(range(len(routed[-1]['load'])), most)
-    now = f'<svg viewBox="664 0 250 190" role="img" {_font}>{svg_load(routed[-1]["load"])}</svg>'
+    height = 42 + min(24, 150 / len(routed[-1]['load'])) * len(routed[-1]['load'])
+    now = f'<svg viewBox="646 0 320 {height:.0f}" role="img" {_font}>{svg_load(routed[-1]["load"])}</svg>'
     return [now] + [
-        f'<svg viewBox="336 0 304 190" role="img" {_font}>{svg_load_history(routed, layer)}</svg>'
+        f'<svg viewBox="330 0 320 210" role="img" {_font}>{svg_load_history(routed, layer)}</svg>'
         for layer in layers
     ]
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fsync', 'sha256', 'put_in_place', 'put_back', 'write_whole', 'checksum', 'with_checksum', 'read_with_checksum',
-           'print_status', 'output_closed', 'log_lines', 'cut_log', 'log_row', 'numbers', 'Tail', 'Log', 'Lines',
-           'finite', 'home', 'resolve']
+           'print_status', 'output_closed', 'log_lines', 'cut_log', 'log_row', 'numbers', 'Tail', 'Lines', 'finite',
+           'home', 'resolve']
 
 # %% ../nbs/32_files.ipynb #imports
 import hashlib, io, json, math, os, shutil, sys
@@ -227,24 +227,6 @@ class Tail:
         "Forget what was read: another file is there now, or none."
         self.restarts += self.at > 0
         self.at, self.number, self.before, self.inode = 0, 0, b'', inode
-
-# %% ../nbs/32_files.ipynb #all-rows
-class Log:
-    "All rows of a growing file of JSON lines; see `Tail` for `parse`."
-
-    def __init__(self, path: Path, parse: Callable[[dict], dict] | None = None):
-        self.tail, self.rows, self.restarts = Tail(path, parse), [], 0
-
-    def read(self) -> list[dict]:
-        "All complete rows so far; only new lines are read, unless the file was cut."
-        rows, self.tail.complete = list(self.rows), False
-        while not self.tail.complete:
-            new = self.tail.read()
-            if self.tail.restarts > self.restarts:
-                rows, self.restarts = [], self.tail.restarts
-            rows += new
-        self.rows = rows
-        return rows
 
 # %% ../nbs/32_files.ipynb #lines-file
 class Lines:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import Log, Tail, numbers
+from .files import Tail, numbers
 from .losses import Losses
 from .router import Routing
 
@@ -192,7 +192,10 @@ def read_log(path: str | Path) -> list[dict]:
 
     An unfinished last line is left out, and so is any other bad one, with a message on stderr.
     """
-    return Log(Path(path), log_numbers).read()
+    tail, rows = Tail(Path(path), log_numbers), []
+    while not tail.complete:
+        rows += tail.read()
+    return rows
 
 
 def log_numbers(row: dict) -> dict:
@@ -292,6 +295,9 @@ def before_newest(rows: Sequence[dict], newest: dict | None) -> list[dict]:
     return [row for row in rows if row['step'] < newest['step']] + [newest] if newest else []
 
 # %% ../nbs/38_metrics.ipynb #bins
+MOST_PARSED = 2**14  # lines of a log that are read at once; of more, a part
+
+
 class Bins:
     "Rows in order of step, `most` of them and one: in a longer series, neighbors are merged."
 
@@ -325,9 +331,6 @@ class Bins:
         return [row for _, row in self.full + ([merge_lines(self.open)] if self.open else [])]
 
 # %% ../nbs/38_metrics.ipynb #history
-MOST_PARSED = 2**15  # lines read at once
-
-
 class History:
     """A run's log.jsonl as it grows, in a bounded number of rows whatever its length.
 
@@ -346,9 +349,11 @@ class History:
 
     def read(self, seconds: float = math.inf) -> bool:
         "Read new lines, for about so many seconds; returns whether that was all."
-        end, stride = time.monotonic() + seconds, max(self.tail.backlog() // MOST_PARSED, 1)
+        end = time.monotonic() + seconds
+        if self.tail.complete or not self.tail.at:
+            self.stride = max(self.tail.backlog() // MOST_PARSED, 1)
         while True:
-            rows = self.tail.read(stride=stride, marks=(b'"val_', b'null'))
+            rows = self.tail.read(stride=self.stride, marks=(b'"val_', b'null'))
             if self.tail.restarts > self.restarts:
                 self.clear()
             for row in rows:
@@ -373,7 +378,7 @@ class History:
                 part.pop()
         self.last_lines.append(row)
         if val := {key: row[key] for key in row if key.startswith('val_')}:
-            self.evaluations.append({'step': row['step'], 'tokens': row.get('tokens', 0)} | val)
+            self.evaluations.append(val | {key: row[key] for key in ('step', 'tokens') if key in row})
             self.evaluations = thin(self.evaluations) if len(self.evaluations) > 128 else self.evaluations
         self.bins.append({key: row[key] for key in row if key not in val})
         return removed
@@ -451,9 +456,9 @@ def find_collapse(lines: Sequence[dict]) -> Finding | None:
         return None
     worst = int(effective.argmin())
     reason = (
-        f'{ill.sum()} of {L} MoE layers. In layer {worst}, {unused[worst]} of {E} experts get less than '
-        f'{LIMITS.unused_load:.0%} of a uniform load, and the load is as uneven as if {effective[worst]:.1f} '
-        f'experts were in use (last {len(loads)} log lines).'
+        f'In layer {worst}, {unused[worst]} of {E} experts get less than {LIMITS.unused_load:.0%} of a '
+        f'uniform load; the load is as uneven as if {effective[worst]:.1f} of them were in use. {ill.sum()} '
+        f'of {L} MoE layers are affected (sum of {len(loads)} log lines).'
     )
     return Finding('collapsed', 'Experts unused (routing collapse)', reason, True)
 
@@ -571,13 +576,14 @@ def diagnose(
     found = [find_divergence(rows, lines), find_collapse(lines), find_drops(lines)]
     ill = [finding for finding in (*found, find_spikes(recent), find_overfitting(rows)) if finding]
     if not ill and state.name in ('healthy', 'finished'):
-        state = state._replace(reason=f'{state.reason} {checked(rows, lines)}')
+        title = 'Healthy' if state.name == 'healthy' else 'Finished, healthy'
+        state = state._replace(title=title, reason=f'{state.reason} {checked(lines)}')
     elif state.name == 'healthy':
         state = state._replace(name='running', title='Running')
     return [state, *ill] if state.name == 'stalled' else [*ill, state]
 
 
-def checked(rows: Sequence[dict], lines: Sequence[dict]) -> str:
+def checked(lines: Sequence[dict]) -> str:
     "What was found to be in order, in one sentence."
     parts, rates = [], [row['drop_rate'] for row in finite(lines, 'drop_rate')]
     if ce := [row['ce'] for row in finite(lines, 'ce')]:
