@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['fsync', 'sha256', 'put_in_place', 'put_back', 'write_whole', 'checksum', 'with_checksum', 'read_with_checksum',
-           'print_status', 'output_closed', 'log_lines', 'cut_log', 'log_row', 'numbers', 'Log', 'Lines', 'finite',
+           'print_status', 'output_closed', 'log_lines', 'cut_log', 'log_row', 'numbers', 'Tail', 'Lines', 'finite',
            'home', 'resolve']
 
 # %% ../nbs/32_files.ipynb #imports
-import hashlib, json, math, os, shutil, sys
-from collections.abc import Callable
+import hashlib, io, json, math, os, shutil, sys
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -148,14 +148,18 @@ def numbers(value):
 
     Raises `ValueError` for anything else.
     """
+    kind = type(value)
+    if kind is float or kind is int and abs(value) < 2**63:
+        return value
     if value is None:
         return math.nan
-    if type(value) is float or type(value) is int and abs(value) < 2**63:
-        return value
     if isinstance(value, dict):
         return {key: numbers(part) for key, part in value.items()}
     if not isinstance(value, list):
         raise ValueError(f'no number: {value!r:.50}')
+    kinds = set(map(type, value))
+    if kinds == {float} or kinds == {int} and max(value) < 2**63 and min(value) > -(2**63):
+        return value  # most lists of a log
     parts = [numbers(part) for part in value]
     if len({len(part) if isinstance(part, list | dict) else -1 for part in parts}) > 1:
         raise ValueError('parts of unequal length')
@@ -164,41 +168,65 @@ def numbers(value):
     return parts
 
 # %% ../nbs/32_files.ipynb #log
-class Log:
-    """A growing file of JSON lines, such as a run's log.jsonl.
+class Tail:
+    """The new rows of a growing file of JSON lines, such as a run's log.jsonl, a part at a time.
 
     `parse` turns the object in a line into a row, or raises `ValueError`.
     """
 
     def __init__(self, path: Path, parse: Callable[[dict], dict] | None = None):
-        self.path, self.parse, self.rows, self.at, self.number = path, parse or numbers, [], 0, 0
+        self.path, self.parse, self.restarts = path, parse or numbers, 0
+        self.at, self.number, self.before, self.inode, self.complete = 0, 0, b'', None, False
 
-    def read(self) -> list[dict]:
-        "All complete rows so far; only new lines are read, unless the file was cut."
-        if not self.path.exists():
-            self.rows, self.at, self.number = [], 0, 0
-        else:
-            with open(self.path, 'rb') as f:
-                if os.fstat(f.fileno()).st_size < self.at:
-                    self.rows, self.at, self.number = [], 0, 0
-                f.seek(self.at)
-                new = f.read()
-            lines = new[: new.rfind(b'\n') + 1].split(b'\n')[:-1]
-            rows = [log_row(line, self.parse) for line in lines]
-            if (
-                self.at
-                and rows
-                and (rows[0] is None or self.rows and rows[0]['step'] < self.rows[-1]['step'])
-            ):
-                # the file was cut and has grown again: this may be the middle of a line
-                self.rows, self.at, self.number = ([], 0, 0)
-                return self.read()
-            for n, (line, row) in enumerate(zip(lines, rows), self.number + 1):
-                if line and row is None:
-                    print_status(f'{self.path} line {n} cannot be read and is left out', sys.stderr)
-            self.rows = self.rows + [row for row in rows if row is not None]
-            self.at, self.number = self.at + new.rfind(b'\n') + 1, self.number + len(lines)
-        return self.rows
+    def read(self, most: int = 2**20, stride: int = 1, marks: Sequence[bytes] = ()) -> list[dict]:
+        """The next rows, in about `most` bytes; `complete` is then whether that was all.
+
+        Only every `stride`-th line is parsed, those that contain one of `marks`, and the file's last 64.
+        If the file was shortened or replaced, `restarts` is one more and the rows are its first.
+        """
+        rows, lines = [], self.next_lines(most)
+        always = len(lines) - 64 if self.complete else len(lines)
+        for i, line in enumerate(lines):
+            self.number += 1
+            if self.number % stride and i < always and not any(mark in line for mark in marks):
+                continue
+            if (row := log_row(line, self.parse)) is not None:
+                rows.append(row)
+            elif line:
+                print_status(f'{self.path} line {self.number} cannot be read and is left out', sys.stderr)
+        return rows
+
+    def next_lines(self, most: int) -> list[bytes]:
+        "The next complete lines of the file; none if there is no file."
+        try:
+            f = open(self.path, 'rb')
+        except (FileNotFoundError, NotADirectoryError):
+            self.restart(None)
+            self.complete = True
+            return []
+        with f:
+            f.seek(self.at - len(self.before))
+            inode = os.fstat(f.fileno()).st_ino
+            if inode != self.inode or f.read(len(self.before)) != self.before:
+                self.restart(inode)
+                f.seek(0)
+            chunk = f.read(most)
+            chunk += f.readline() if len(chunk) == most else b''  # to the end of a line
+        chunk = chunk[: chunk.rfind(b'\n') + 1]
+        self.at, self.complete = self.at + len(chunk), len(chunk) < most
+        self.before = (self.before + chunk[-256:])[-256:]
+        return chunk.split(b'\n')[:-1]
+
+    def backlog(self) -> int:
+        "About how many lines are still to be read, judged by the size of the file."
+        size = self.path.stat().st_size if self.path.exists() else 0
+        bytes_per_line = self.at / self.number if self.number else 1024
+        return int(max(size - self.at, 0) / bytes_per_line)
+
+    def restart(self, inode: int | None):
+        "Forget what was read: another file is there now, or none."
+        self.restarts += self.at > 0
+        self.at, self.number, self.before, self.inode = 0, 0, b'', inode
 
 # %% ../nbs/32_files.ipynb #lines-file
 class Lines:

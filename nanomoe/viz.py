@@ -690,9 +690,9 @@ def confidence(probs, expert_ids) -> tuple[np.ndarray, np.ndarray]:
     return entropy, least - probs.max(1)
 
 # %% ../nbs/05_viz.ipynb #door
-__getattr__ = moved('report', 'board')  # for names imported from here before
+__getattr__ = moved('report', 'board', 'watch')  # for names imported from here before
 
 if __name__ == '__main__' and '__file__' in globals():
-    from nanomoe.report import main
+    from nanomoe.watch import main
 
     main()

@@ -282,19 +282,20 @@ def test_watch_follows_a_run_in_the_browser(browser, tmp_path):
         while train.poll() is None:
             steps.add(step())
             if int(step().split()[0]) >= 250 and not (SHOTS / 'watch.png').exists():
-                page.screenshot(path=SHOTS / 'watch.png')
+                clip = dict(x=0, y=0, width=960, height=880)
+                page.screenshot(path=SHOTS / 'watch.png', full_page=True, clip=clip)
             time.sleep(0.2)
         wait_for(lambda: step() == '400 of 400', 'the last step never came')
         wait_for(lambda: page.locator('#text pre').count() > 0, 'no text by expert')
         assert len(steps) >= 3, steps  # it moved while the run did
-        page.locator('#layer').select_option('1')
-        wait_for(lambda: 'MoE layer 1' in page.locator('#board').inner_text(), 'the other layer never came')
+        assert all(f'MoE layer {i}' in page.locator('#board').inner_text() for i in (0, 1))
+        assert 'Finished' in page.locator('#verdict').inner_text()
         page.set_viewport_size({'width': 360, 'height': 700})
         assert page.evaluate(OVERHANGING) == []
         watch.send_signal(signal.SIGINT)
         assert watch.wait(20) == 0
         wait_for(lambda: 'Viewer stopped' in page.locator('#state').inner_text(), 'silent about its end')
-        assert page.locator('#board svg').count() == 3 and errors == []
+        assert page.locator('#board svg').count() == 11 and errors == []
         boards = [at for at, url in asked if '/board' in url]
         assert len(boards) / (boards[-1] - boards[0]) < 4  # questions a second
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomoe import bench, checkpoint, data, report, sample, sizing, train
+from nanomoe import bench, checkpoint, data, sample, sizing, train, watch
 from nanomoe.corpora import Document, file_documents, numbers_documents
 from nanomoe.files import with_checksum
 from nanomoe.optim import make_optimizer
@@ -259,10 +259,10 @@ BAD = {
         'steps',
         'there is no bench steps; did you mean step? (layer, step, scale, write, data, parallel; ',
     ),
-    'nothing to draw': (report, 'experts', 'name the run to show'),
-    'nowhere to watch at': (report, 'watch out/nowhere --port=-1', 'port -1 of 127.0.0.1 cannot be used'),
-    'nothing to report': (report, 'report out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
-    'no log': (report, 'experts out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
+    'nothing to draw': (watch, 'experts', 'name the run to show'),
+    'nowhere to watch at': (watch, 'watch out/nowhere --port=-1', 'port -1 of 127.0.0.1 cannot be used'),
+    'nothing to report': (watch, 'report out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
+    'no log': (watch, 'experts out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
 }
 
 
@@ -567,7 +567,7 @@ def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):
     )
 
 
-@pytest.mark.parametrize('program', [train, sample, data, report, bench], ids=lambda m: m.__name__)
+@pytest.mark.parametrize('program', [train, sample, data, watch, bench], ids=lambda m: m.__name__)
 def test_help_is_help(program, capsys):
     with pytest.raises(SystemExit) as stopped:
         program.main(['--help'])

@@ -28,7 +28,7 @@ from nanomoe.command_line import one_sentence, parse
 from nanomoe.config import BadInput, ModelConfig, check, field_names, from_dict
 from nanomoe.presets import PRESETS
 from nanomoe.dataset import TokenDataset, all_sequences, batch_at, target_domains, verify
-from nanomoe.files import Lines, Log, cut_log, log_lines, read_with_checksum, sha256, with_checksum
+from nanomoe.files import Lines, Tail, cut_log, log_lines, read_with_checksum, sha256, with_checksum
 from nanomoe.model import GPT
 
 HERE = Path(__file__).parent
@@ -509,13 +509,14 @@ def test_damaged_lines_of_a_log_are_left_out_by_number(tmp_path, capsys):
 def test_a_log_that_was_cut_and_has_grown_is_read_from_its_beginning(tmp_path, capsys):
     path = tmp_path / 'log.jsonl'
     path.write_text(''.join(f'{{"step": {s}}}\n' for s in (1, 2, 3, 4)))
-    log = Log(path, log_numbers)
-    log.rows, log.at = [{'step': 9}], 5  # in the middle of a line of the new file
+    log = Tail(path, log_numbers)
     assert [row['step'] for row in log.read()] == [1, 2, 3, 4]
+    path.write_text('{"step": 1}\n' + ''.join(f'{{"step": {s}, "ce": 2.5}}\n' for s in (2, 3, 4, 5)))
+    assert [row['step'] for row in log.read()] == [1, 2, 3, 4, 5] and log.restarts == 1  # not from the middle
     with open(path, 'a') as f:
-        f.write('{"step": 5, "ce": null}\n{"step": 6, "ce": "low"}\n')
-        f.write('{"step": 7, "load": [[1, 2], [3]]}\nnonsense\n{"step": 8}\n')
-    assert [row['step'] for row in log.read()] == [1, 2, 3, 4, 5, 8]
+        f.write('{"step": 6, "ce": null}\n{"step": 7, "ce": "low"}\n')
+        f.write('{"step": 8, "load": [[1, 2], [3]]}\nnonsense\n{"step": 9}\n')
+    assert [row['step'] for row in log.read()] == [6, 9]
     assert capsys.readouterr().err.count('cannot be read') == 3
 
 

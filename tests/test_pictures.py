@@ -3,9 +3,12 @@
 import http.client
 import io
 import json
+import os
+import re
 import shutil
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,17 +17,21 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nanomoe import board as boards
 from nanomoe import report as reports
 from nanomoe import viz
+from nanomoe import watch as watching
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, to_dict
 from nanomoe.router import topk_route
 from nanomoe.losses import Losses
-from nanomoe.metrics import health, step_stats
+from nanomoe.metrics import MOST_PARSED, History, diagnose, health, step_stats
 from nanomoe.board import board_svg, svg_words
-from nanomoe.report import experts_figure, health_figure, read_rows, report, samples_of, server
+from nanomoe.report import experts_figure, health_figure, read_rows, report, samples_of
 from nanomoe.viz import to_png
+from nanomoe.watch import server
 
 
 def row(step: int, **other) -> dict:
@@ -99,7 +106,7 @@ def test_an_ill_run_has_a_report_and_a_board(name, tmp_path):
         assert svg.count('<circle') == 5 and 'polyline' in svg  # what was finite is drawn
         assert '1.600 bits per byte' in page  # the last finite evaluation, 8 / 5
     if name == 'dense':
-        assert len(health_figure(rows).axes) == 3
+        assert len(health_figure(rows).axes) == 4
 
 
 def test_a_page_of_a_run_without_settings_does_not_make_them_up(tmp_path):
@@ -186,10 +193,10 @@ def test_a_damaged_line_costs_itself(file, tmp_path, capsys):
     said = capsys.readouterr().err.count('cannot be read and is left out')
     # once for each picture that reads the file
     assert said == len(DAMAGE[file]) * (3 if file == 'log.jsonl' else 1)
-    live = reports.Live(run)
+    live = watching.Live(run)
     assert (
-        json.loads(live.answer('/board', 0, -1)[1])['step'] == 5
-        and json.loads(live.answer('/text', 0, -1)[1])['step'] == 5
+        json.loads(live.answer('board', -1)[1])['step'] == 5
+        and json.loads(live.answer('text', -1)[1])['step'] == 5
     )
 
 
@@ -223,9 +230,9 @@ def test_every_picture_shows_the_same_losses(tmp_path, monkeypatch):
         run = run_of(tmp_path / f'run{wanted}', rows)
         page = report(run)
         reports.curve_of(run)
-        board = json.loads(reports.Live(run).answer('/board', 0, -1)[1])['svg']
+        board = json.loads(watching.Live(run).answer('board', -1)[1])['svg']
         assert (
-            f'{unit}: — batch' in board
+            f'Loss, {unit}' in board
             and f'{unit}: — batch' in board_svg(read_rows(run / 'log.jsonl'))
             and '<h2>Loss' in page
         )
@@ -248,7 +255,7 @@ def test_a_damaged_file_gets_one_sentence(name, tmp_path, capsys):
     run = run_of(tmp_path / 'run', WHOLE, [text(5)])
     (run / file).write_text(content)
     with pytest.raises(SystemExit) as stop:
-        reports.main(['report', str(run)])
+        watching.main(['report', str(run)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in said.splitlines()[-1]
     assert not (run / 'report.html').exists()
@@ -264,7 +271,7 @@ def test_a_damaged_file_gets_one_sentence(name, tmp_path, capsys):
 def test_what_cannot_be_done_gets_one_sentence(words, sentence, tmp_path, capsys):
     run = run_of(tmp_path / 'run', WHOLE)
     with pytest.raises(SystemExit) as stop:
-        reports.main(words.format(run=run).split())
+        watching.main(words.format(run=run).split())
     said = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in said and said.count('\n') == 1
 
@@ -280,7 +287,7 @@ def test_sureness_is_what_the_log_calls_entropy_and_margin():
 
 def test_help_of_the_watcher_names_its_port(capsys):
     with pytest.raises(SystemExit) as stop:
-        reports.main(['watch', '--help'])
+        watching.main(['watch', '--help'])
     assert stop.value.code == 0 and '--port' in capsys.readouterr().out
 
 
@@ -317,7 +324,7 @@ def test_the_page_of_a_run_answers_this_machine_only(tmp_path):
     """
     (tmp_path / 'config.json').write_text(json.dumps(to_dict(ModelConfig(), TrainConfig())))
     (tmp_path / 'log.jsonl').write_text(json.dumps(dict(step=1, ce=3.0)) + '\n')
-    with reports.server(tmp_path, 0) as watcher:
+    with watching.server(tmp_path, 0) as watcher:
         threading.Thread(target=watcher.serve_forever, daemon=True).start()
 
         def status(host: str, path: str = '/board') -> int:
@@ -490,21 +497,21 @@ def test_a_watcher_waits_for_its_run(tmp_path, capsys, monkeypatch):
     run_of(tmp_path / 'other', WHOLE)
     (tmp_path / 'none').mkdir()
     monkeypatch.setattr(
-        reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+        watching.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
     )
-    reports.watch(tmp_path / 'later', 0, False)
+    watching.watch(tmp_path / 'later', 0, False)
     said = capsys.readouterr().out
     assert f'waiting     for {tmp_path}/later; runs beside it: other' in said and 'ssh -L ' in said
-    live = reports.Live(tmp_path / 'later')
-    assert '<script>' in live.answer('/', 0, -1)[1]
+    live = watching.Live(tmp_path / 'later')
+    assert '<script>' in live.answer('', -1)[1]
     with pytest.raises(BadInput, match='waiting for'):
-        live.answer('/board', 0, -1)
+        live.answer('board', -1)
     for rows in (WHOLE, WHOLE[:2], WHOLE[:1] * 1):
         shutil.rmtree(tmp_path / 'later', ignore_errors=True)
         with pytest.raises(BadInput, match='waiting for'):
-            live.answer('/board', 0, -1)
+            live.answer('board', -1)
         run_of(tmp_path / 'later', rows)
-        assert json.loads(live.answer('/board', 0, -1)[1])['step'] == rows[-1]['step']
+        assert json.loads(live.answer('board', -1)[1])['step'] == rows[-1]['step']
 
 
 def test_who_may_ask_the_watcher(tmp_path):
@@ -533,14 +540,14 @@ def test_who_may_ask_the_watcher(tmp_path):
 def test_the_usual_port_may_be_taken(tmp_path, capsys, monkeypatch):
     run = run_of(tmp_path / 'run', WHOLE)
     monkeypatch.setattr(
-        reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+        watching.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(BadInput, match=f'port {port} of 127.0.0.1 cannot be used'):
-            reports.watch(run, port, False)
+            watching.watch(run, port, False)
 
 
 def http_client(port: int):
@@ -576,8 +583,8 @@ def test_a_figure_of_another_shape_costs_its_line(rows, tmp_path):
             report(run)
         return
     assert [r['step'] for r in read_rows(run / 'log.jsonl')] == whole and '<h2>Experts' in report(run)
-    assert json.loads(reports.Live(run).answer('/board', 0, -1)[1])['step'] == 3 and reports.Live(run).answer(
-        '/text', 0, -1
+    assert json.loads(watching.Live(run).answer('board', -1)[1])['step'] == 3 and watching.Live(run).answer(
+        'text', -1
     )
 
 
@@ -611,8 +618,10 @@ def test_a_figure_that_is_missing_or_none_costs_its_line(damage, tmp_path):
         run = run_of(tmp_path / 'run', rows, [text(4), text(5)])
         page = report(run)
         assert '<h2>Experts' in page and '<h2>Health' in page and '<h2>Text by expert' in page
-        shown = json.loads(reports.Live(run).answer('/board', 2, -1)[1])
-        assert shown['layers'] == 2 and 'MoE layer 1' in shown['svg'] and 'nan' not in shown['svg']
+        shown = json.loads(watching.Live(run).answer('board', -1)[1])
+        assert (
+            'MoE layer 1' in shown['svg'] and 'MoE layer 2' not in shown['svg'] and 'nan' not in shown['svg']
+        )
 
 
 def test_a_damaged_text_costs_itself_alone(tmp_path, capsys):
@@ -640,16 +649,16 @@ def test_a_page_says_which_folder_it_waits_for(tmp_path, capsys):
     run = tmp_path / '<b>later\x1b[31m'
     for make, words in ((lambda: None, 'which is not there'), (run.mkdir, 'to get its first line')):
         make()
-        page = reports.Live(run).answer('/', 0, -1)[1]
+        page = watching.Live(run).answer('', -1)[1]
         assert (
             f'waiting for {tmp_path}/&lt;b&gt;later\\x1b[31m' in page and words in page and '\x1b' not in page
         )
         with pytest.raises(BadInput, match=words):
-            reports.Live(run).answer('/board', 0, -1)
+            watching.Live(run).answer('board', -1)
     run_of(run, WHOLE)
-    assert 'waiting for' not in reports.Live(run).answer('/', 0, -1)[1]
+    assert 'waiting for' not in watching.Live(run).answer('', -1)[1]
     with pytest.raises(BadInput, match='is a file'):
-        reports.watch(run / 'log.jsonl', 0, False)
+        watching.watch(run / 'log.jsonl', 0, False)
 
 
 @pytest.mark.parametrize(
@@ -661,13 +670,13 @@ def test_a_watcher_says_how_to_reach_it(host, at, tmp_path, capsys, monkeypatch)
         pytest.skip('no IPv6 here')
     run = run_of(tmp_path / 'run', WHOLE)
     monkeypatch.setattr(
-        reports.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+        watching.ThreadingHTTPServer, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
     )
-    with reports.server_at(run, None, host) as first:
-        reports.watch(run, None, False, host)
+    with watching.server_at(run, None, host) as first:
+        watching.watch(run, None, False, host)
         port = int(capsys.readouterr().out.split('ssh -L ')[1].split(':')[0])
         assert 8712 <= first.server_port < port < 8732
-    reports.watch(run, 0, False, host)
+    watching.watch(run, 0, False, host)
     said = capsys.readouterr().out
     port = said.split('ssh -L ')[1].split(':')[0]
     assert (
@@ -704,18 +713,18 @@ def test_nothing_that_a_terminal_or_a_page_obeys_is_shown_as_it_is(tmp_path, cap
         ],
         [text(2, name, [*EVIL, '\t', '\n', '\r']) for name in EVIL],
     )
-    live, board = reports.Live(run), svg_words(0, 0, ''.join(EVIL))
+    live, board = watching.Live(run), svg_words(0, 0, ''.join(EVIL))
     shown = [
         report(run),
-        live.answer('/', 0, -1)[1],
+        live.answer('', -1)[1],
         *(
             part
             for kind in ('board', 'text')
-            for part in map(str, json.loads(live.answer(f'/{kind}', 0, -1)[1]).values())
+            for part in map(str, json.loads(live.answer(kind, -1)[1]).values())
         ),
         board,
     ]
-    reports.main(['experts', str(run), '--out', str(tmp_path / 'p\x1b[31m.png')])
+    watching.main(['experts', str(run), '--out', str(tmp_path / 'p\x1b[31m.png')])
     said = capsys.readouterr()
     for words in (*shown, said.out):
         assert not any(ch in words for ch in '\x1b\x07\0\x85\x9b\u202e\u2028\ud800\r'), words[:200]
@@ -765,3 +774,206 @@ def test_a_board_outside_a_notebook_draws_nothing():
         board.update(row)
     board.draw()
     assert board.handle is None and len(board.rows) == len(WHOLE)
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    """The plain reading of a log: rows in order of step.
+
+    Left out are single rows out of line, and rows that a later row of the same or an earlier step replaces.
+    """
+    steps, out = [row['step'] for row in rows], []
+    lone = {i for i, (a, b, c) in enumerate(zip(steps, steps[1:], steps[2:]), 1) if a < c and not a < b < c}
+    for row in (row for i, row in enumerate(rows) if i not in lone):
+        while out and out[-1]['step'] >= row['step']:
+            out.pop()
+        out.append(row)
+    return out
+
+
+def lines_of(rows) -> str:
+    return ''.join(json.dumps(row) + '\n' for row in rows)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 200))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_short_log_is_read_as_it_is_in_whatever_parts_it_comes(tmp_path, steps, size):
+    "Half lines, steps that repeat or go back, single steps out of line: as in the plain reading."
+    rows = [dict(step=step, ce=float(i), val_ce=1.0) | dict(load=[[i, 1]]) for i, step in enumerate(steps)]
+    path, content = tmp_path / 'log.jsonl', lines_of(rows)
+    path.unlink(missing_ok=True)
+    history = History(path)
+    for end in range(size, len(content) + size, size):
+        with open(path, 'a') as f:
+            f.write(content[end - size : end])
+        history.read()
+    assert history.rows() == in_order(rows) == history.recent()
+
+
+@pytest.mark.parametrize('n', [512, 513, 1024, 1500, 40_000])
+def test_a_long_log_has_a_bounded_number_of_points(n, tmp_path):
+    "Sums and extremes stay exact where all lines are parsed; the last lines are there as they are."
+    run = run_of(tmp_path / 'run', [], settings=dict(max_iters=n, dataset='gone', n_experts=2))
+    losses = np.random.default_rng(0).normal(2, 0.1, n)
+    losses[n // 3] = 9.0  # a spike that a mean would hide
+    rows = [dict(step=i + 1, ce=ce, load=[[1, 3]], tokens=i) for i, ce in enumerate(losses)]
+    for row in rows[:: n // 300]:
+        row['val_ce'] = row['val_bpb'] = 1 + abs(row['step'] / n - 0.4)
+    (run / 'log.jsonl').write_text(lines_of(rows))
+    history = History(run / 'log.jsonl')
+    history.read()
+    merged = history.rows()
+    assert len(merged) <= 512 + 1 + 128 + 1 and history.recent() == rows[-64:] and len(merged) >= 256
+    assert [r['step'] for r in merged] == sorted({r['step'] for r in merged}) and merged[-1]['step'] == n
+    evaluated = [row for row in rows if 'val_ce' in row]
+    best = min(evaluated, key=lambda row: row['val_ce'])
+    assert min(viz.finite(merged, 'val_ce'), key=lambda row: row['val_ce'])['step'] == best['step']
+    assert viz.finite(merged, 'val_ce')[-1]['step'] == evaluated[-1]['step']
+    if n <= MOST_PARSED:
+        assert sum(row['load'][0][1] for row in viz.routed_rows(merged)) == 3 * n
+        assert max(max(row.get('range', {}).get('ce', [row['ce']])) for row in viz.finite(merged, 'ce')) == 9
+    svg = json.loads(watching.Live(run).answer('board', -1)[1])['svg']
+    assert len(svg) < 90_000 and 'nan' not in svg
+
+
+def test_a_live_page_survives_what_happens_to_a_log(tmp_path):
+    "New lines, half a line, a shortened log, a replaced one, a run that starts again, none, another."
+    run = run_of(tmp_path / 'run', WHOLE[:3])
+    live, log = watching.Live(run), run / 'log.jsonl'
+
+    def shown():
+        return json.loads(live.answer('board', -1)[1])['step'], [r['step'] for r in live.history.rows()]
+
+    assert shown() == (3, [1, 2, 3])
+    with open(log, 'a') as f:
+        f.write(lines_of([row(4)]) + lines_of([row(5)])[:20])
+    assert shown() == (4, [1, 2, 3, 4])
+    with open(log, 'a') as f:
+        f.write(lines_of([row(5)])[20:])
+    assert shown() == (5, [1, 2, 3, 4, 5])
+    log.write_text(lines_of(WHOLE[:2]))  # shortened in place
+    assert shown() == (2, [1, 2])
+    (tmp_path / 'new').write_text(lines_of([row(s, ce=1.0) for s in (1, 2, 3)]))
+    (tmp_path / 'new').replace(log)  # replaced, with other lines
+    assert shown() == (3, [1, 2, 3]) and live.history.rows()[0]['ce'] == 1.0
+    with open(log, 'a') as f:
+        f.write(lines_of([row(2), row(3), row(4)]))  # the run started again at 2, in the same file
+    assert shown() == (4, [1, 2, 3, 4])
+    log.rename(run / 'log.1')
+    with pytest.raises(BadInput, match='waiting for'):
+        live.answer('board', -1)
+    log.write_text(lines_of([row(1)]))
+    assert shown() == (1, [1])
+
+
+def synthetic(n: int = 200, seed: int = 0, **columns) -> list[dict]:
+    "The log of a healthy run with noise; a column is a function of the line's number and a generator."
+    rng = np.random.default_rng(seed)
+    usual = dict(
+        ce=lambda i: 1.5 + 3 * 0.98**i + rng.normal(0, 0.1),
+        load=lambda i: rng.multinomial(512, [1 / 8] * 8, 2).tolist(),
+        drop_rate=lambda i: abs(rng.normal(0.05, 0.01)),
+        spikes=lambda i: i // 80,
+        tok_per_s=lambda i: rng.normal(1000, 50),
+        val_ce=lambda i: 1.6 + 3 * 0.98**i + rng.normal(0, 0.005),
+    )
+    return [
+        dict(step=10 * (i + 1), tokens=5120 * (i + 1), skipped=0)
+        | {key: figure(i) for key, figure in (usual | columns).items()}
+        for i in range(n)
+    ]
+
+
+VERDICTS = {
+    'Finished, healthy': {},
+    'Experts unused': dict(load=lambda i: [[128] * 8, [512, 510] + [0, 1] * 3]),
+    'Diverging': dict(ce=lambda i: 2 + max(0, i - 170) / 20 + i % 3 / 10),
+    'Dropping many tokens': dict(drop_rate=lambda i: 0.1 + i / 1000),
+    'Loss spikes': dict(spikes=lambda i: i // 9),
+    'Overfitting': dict(val_ce=lambda i: 2 + abs(i - 100) / 200),
+}
+
+
+@pytest.mark.parametrize('title', VERDICTS)
+def test_page_report_and_list_begin_with_the_verdict(title, tmp_path):
+    setup = dict(max_iters=2000, dataset='gone', n_experts=8)
+    run = run_of(tmp_path / 'out' / 'run', synthetic(**VERDICTS[title]), settings=setup)
+    mark = '✓ ' if title == 'Finished, healthy' else '✗ '
+    page = json.loads(watching.Live(run).answer('board', -1)[1])['verdict']
+    assert page.split('<b>')[1].startswith(mark + title)
+    assert report(run).split('<b>')[1].startswith(mark + title)
+    listed = watching.Viewer(tmp_path / 'out').answer('/list', -1)[1]
+    assert title in listed and ('run verdict well' in listed) == (mark == '✓ ')
+
+
+def test_a_run_without_new_lines_is_stalled_even_while_nobody_looks(tmp_path):
+    "The page is told although no line has come; the report names it too."
+    run = run_of(tmp_path / 'run', synthetic(), settings=dict(max_iters=9000, dataset='gone', n_experts=8))
+    live = watching.Live(run)
+    now = json.loads(live.answer('board', -1)[1])
+    assert '✓ Healthy' in now['verdict'] and live.answer('board', 2000, now['state']) is None
+    os.utime(run / 'log.jsonl', (time.time() - 7200,) * 2)
+    told = json.loads(live.answer('board', 2000, now['state'])[1])
+    assert told['state'] != now['state'] and 'No new line for 2 h' in told['verdict']
+    assert live.answer('board', 2000, told['state']) is None and 'Stalled or stopped' in report(run)
+
+
+def test_a_healthy_log_is_not_called_ill():
+    "Noise of 50 runs, at each length that a page could show: no limit is reached by chance."
+    for seed in range(50):
+        rows = synthetic(seed=seed)
+        for n in range(5, 201, 15):
+            found = diagnose(rows[:n], rows[max(0, n - 64) : n], 2000, 1.0)
+            assert not any(finding.ill for finding in found), (seed, n, found)
+
+
+def test_a_folder_of_runs_is_a_list_of_links(tmp_path):
+    "Each run with its own page; odd names are escaped; no address leads out of the folder."
+    out = tmp_path / 'out'
+    run_of(out / 'good', WHOLE, [text(5)])
+    run_of(out / 'sub' / 'deep', WHOLE[:2])
+    run_of(out / '<b>odd & "x"#?%', WHOLE[:4])
+    run_of(out / 'broken', WHOLE)
+    (out / 'broken' / 'config.json').write_text('{')
+    run_of(tmp_path / 'secret', WHOLE)
+    viewer = watching.Viewer(out)
+    kind, whole = viewer.answer('/', -1)
+    assert kind == 'text/html' and '<b>odd' not in whole and '&lt;b&gt;odd &amp; &#34;x&#34;#?%' in whole
+    addresses = re.findall(r'href="([^"]+)"', whole)
+    assert len(addresses) == 4 and 'sub/deep/' in addresses
+    steps = [json.loads(viewer.answer(f'/{a}board', -1)[1])['step'] for a in addresses if 'broken' not in a]
+    assert sorted(steps) == [2, 4, 5] and 'is not the config.json of a run' in whole
+    assert 'href="../../">all runs' in viewer.answer('/sub/deep/', -1)[1]
+    for address in (
+        '/../secret/board',
+        '/%2e%2e/secret/board',
+        '/sub/',
+        '/good/log.jsonl',
+        '/board',
+        '/text',
+    ):
+        with pytest.raises(LookupError):
+            viewer.answer(address, -1)
+    with server(out) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        connection = http_client(http.server_port)
+        statuses = {}
+        for address in ('/', '/list', '/good/', '/good/text', '/../secret/board', '/%00/board', '/nothing/'):
+            connection = http_client(http.server_port)
+            connection.request('GET', address)
+            statuses[address] = connection.getresponse().status
+        assert [*statuses.values()] == [200] * 4 + [404] * 3
+        http.shutdown()
+
+
+def test_a_run_is_compared_with_the_one_before_it(tmp_path):
+    setup = dict(max_iters=9, dataset='gone', n_experts=4, top_k=1)
+    for i, (name, dataset) in enumerate(
+        {'first': 'gone', 'second': 'gone', 'other': 'else', 'new': 'gone'}.items()
+    ):
+        run = run_of(tmp_path / name, WHOLE, settings=setup | dict(dataset=dataset, top_k=i))
+        os.utime(run / 'log.jsonl', (1e9 + i,) * 2)
+    assert reports.earlier_run(tmp_path / 'new').name == 'second'
+    assert reports.earlier_run(tmp_path / 'first') is None
+    page = report(tmp_path / 'new')
+    board = json.loads(watching.Live(tmp_path / 'new').answer('board', -1)[1])['svg']
+    assert 'Earlier run: second. This run has top_k 3 (was 1).' in page and '— second' in board
