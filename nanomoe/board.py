@@ -247,7 +247,9 @@ def line_chart(
     )
 
 # %% ../nbs/44_board.ipynb #page-charts
-TRAINING, VALIDATION, EARLIER = '#56B4E9', '#D55E00', '#999999'
+TRAINING = '#56B4E9'  # the curve of the training loss
+VALIDATION = '#D55E00'  # of the validation loss
+EARLIER = '#999999'  # of the run before this one
 
 
 def points_of(rows: Sequence[dict], key: str, scale: float = 1.0) -> np.ndarray:

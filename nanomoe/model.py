@@ -240,13 +240,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         )
         for i in range(0, len(x), chunk):
             rows, y = x[i : i + chunk], targets[i : i + chunk]
-            log_p = torch.log_softmax((rows @ weight.T).float(), -1)  # (chunk, V)
+            logits = (rows @ weight.T).float()  # (chunk, V)
             mask = (y >= 0).float().unsqueeze(1)  # 0 where there is no target
             y = y.clamp(min=0).unsqueeze(1)
-            loss -= (log_p.gather(1, y) * mask).sum()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            loss += ((log_sum - logits.gather(1, y)) * mask).sum()
             if not needs_grad:
                 continue
-            dlogits = subtract_one_at(log_p.exp_(), y).mul_(mask).to(x.dtype)
+            dlogits = subtract_one_at(logits.sub_(log_sum).exp_(), y).mul_(mask).to(x.dtype)
             dx[i : i + chunk] = dlogits @ weight
             dw += dlogits.T @ rows
         ctx.save_for_backward(dx, dw, count)
@@ -261,7 +262,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # %% ../nbs/07_model.ipynb #head-loss
 def chunk_rows(vocab_size: int, device: str) -> int:
     "Rows of logits at a time: on a CPU so few that they stay in its cache; on CUDA 4096."
-    return 4096 if device == 'cuda' else max(256, 2**20 // vocab_size)
+    return 4096 if device == 'cuda' else min(max(256, 2**20 // vocab_size), 1024)
 
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
