@@ -502,7 +502,7 @@ def rise(rows: Sequence[dict], lines: Sequence[dict]) -> str | None:
 
 
 def finite(rows: Sequence[dict], key: str) -> list[dict]:
-    "The rows that have a finite number there."
+    "The rows that have a finite number there; a run that diverges logs others."
     return [row for row in rows if math.isfinite(row.get(key, math.nan))]
 
 

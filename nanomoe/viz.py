@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['paper', 'load_ratio', 'expert_color', 'luminance', 'text_color', 'tint', 'to_png', 'in_palette', 'Still',
            'new_figure', 'axes_in', 'frame', 'escape_mathtext', 'escape_controls', 'tick_step', 'choice_counts',
-           'load_bars', 'color_position', 'ratio_map', 'load_heatmap', 'finite', 'routed_rows', 'load_history',
-           'history_rows', 'downsample', 'curve_points', 'loss_curve', 'domain_load', 'specialization', 'token_class',
-           'class_load', 'label_style', 'render_html', 'top_tokens', 'top_tokens_table', 'visible', 'colored_text',
-           'legend', 'settled_share', 'saturation', 'layer_colors', 'coactivation_rate', 'coactivation', 'explore',
-           'draw_stack', 'draw_experts', 'draw_model', 'flow', 'scoreboard', 'decisions', 'confidence']
+           'load_bars', 'color_position', 'ratio_map', 'load_heatmap', 'routed_rows', 'load_history', 'history_rows',
+           'downsample', 'curve_points', 'loss_curve', 'domain_load', 'specialization', 'token_class', 'class_load',
+           'label_style', 'render_html', 'top_tokens', 'top_tokens_table', 'visible', 'colored_text', 'legend',
+           'settled_share', 'saturation', 'layer_colors', 'coactivation_rate', 'coactivation', 'explore', 'draw_stack',
+           'draw_experts', 'draw_model', 'flow', 'scoreboard', 'decisions', 'confidence']
 
 # %% ../nbs/05_viz.ipynb #imports
 import base64, functools, io, json, re, unicodedata
@@ -22,6 +22,7 @@ import numpy as np
 from .command_line import one_sentence
 from .config import ModelConfig, moved
 from .files import home
+from .metrics import finite
 
 with one_sentence() if __name__ == '__main__' and '__file__' in globals() else nullcontext():
     import jinja2
@@ -220,11 +221,6 @@ def load_heatmap(load, rows: Sequence[str] | None = None, title: str = '', ax: A
     return ratio_map(load_ratio(load), rows or [f'layer {i}' for i in range(len(load))], title, ax)
 
 # %% ../nbs/05_viz.ipynb #drawable-rows
-def finite(rows: Sequence[dict], key: str) -> list[dict]:
-    "The rows that have a finite number there; a run that diverges logs others."
-    return [row for row in rows if np.isfinite(row.get(key, np.nan))]
-
-
 def routed_rows(rows: Sequence[dict]) -> list[dict]:
     "The rows that hold a load; steps with a loss that is not finite are left out."
     routed = [
