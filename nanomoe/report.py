@@ -6,7 +6,8 @@
 __all__ = ['read_history', 'read_rows', 'with_bits', 'follow', 'settings_of', 'Samples', 'samples_of', 'text_row', 'experts_in',
            'SampleHistory', 'read_samples', 'experts_figure', 'health_rows', 'health_figure', 'earlier_run', 'log_time',
            'differences', 'curve_of', 'tabs', 'routed_text', 'img_tag', 'table', 'details', 'kind_of', 'verdict_html',
-           'facts', 'speed_and_load', 'n_experts_of', 'text_over_time', 'text_sections', 'page', 'report', 'render']
+           'facts', 'speed_and_load', 'n_experts_of', 'text_over_time', 'text_sections', 'page', 'film_of_run',
+           'report', 'render']
 
 # %% ../nbs/45_report.ipynb #imports
 import base64, json, sys, time
@@ -22,6 +23,7 @@ import numpy as np
 from .config import BadInput, nearest
 from .dataset import dataset_folder, read_manifest
 from .files import Tail, resolve, print_status
+from .film import film_html, read_film
 from .metrics import LIMITS, Finding, History, diagnose, duration, log_numbers, seconds_per_step
 from .presets import PRESETS
 from nanomoe.viz import (
@@ -31,6 +33,7 @@ from nanomoe.viz import (
     colored_text,
     domain_load,
     draw_model,
+    expert_color,
     finite,
     flow,
     frame,
@@ -48,6 +51,7 @@ from nanomoe.viz import (
     saturation,
     specialization,
     downsample,
+    text_color,
     token_class,
     top_tokens,
     top_tokens_table,
@@ -608,9 +612,18 @@ p { margin: .3em 0; opacity: .75 }
 .tabs > input:focus-visible + label { outline: 2px solid }
 .tabs > .pane { display: none; padding-top: 8px }"""
 
+# %% ../nbs/45_report.ipynb #film
+def film_of_run(run: Path) -> str:
+    "HTML of the run's film, empty where there is none. Raises `BadInput` for a broken one."
+    film = read_film(run / 'film.json')
+    if film is None:
+        return ''
+    colors = [expert_color(e) for e in range(film['n_experts'])]
+    return film_html(film, [(color, text_color(color)) for color in colors])
+
 # %% ../nbs/45_report.ipynb #report
 def report(run: str | Path) -> str:
-    """The HTML page of a run, made from its log.jsonl, samples.jsonl and config.json alone.
+    """The HTML page of a run, made from its log.jsonl, samples.jsonl, film.json and config.json alone.
 
     Raises `BadInput` without a log.
     """
@@ -631,6 +644,8 @@ def report(run: str | Path) -> str:
         sections['Experts'] = f'<p>Experts: {legend(n_experts)}</p>{picture}'
     if health_rows(rows):
         sections['Health'] = img_tag(health_figure(rows), 'health of the layers')
+    if film := film_of_run(run):
+        sections['Film of a generated text'] = film
     if s := read_samples(run, rows):
         sections |= text_sections(s, n_experts_of(s, settings), settings.get('router'))
     sections['Settings'] = details(f'{len(settings)} options', table(settings.items()))
@@ -665,6 +680,9 @@ _captions = {
     'column\'s, '
     'relative to chance (1).',
     'From layer to layer': 'First choices; a band has the color of the expert it comes from.',
+    'Film of a generated text': 'A token travels to the right, through the experts that each layer '
+    'chose; a larger gate is a thicker line. Below: the probability of the next token without an expert, '
+    'and the best guesses behind the layer.',
     'When routing settled': 'How much of the final routing was already in place at earlier evaluations.',
 }
 

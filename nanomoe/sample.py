@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['next_token_probs', 'Step', 'copied', 'generate', 'batch_dependent', 'load', 'prompt', 'decode_stream', 'until_stop',
-           'unescaped', 'Sampling', 'check_sampling', 'generate_texts', 'beginnings', 'main']
+           'unescaped', 'Sampling', 'check_sampling', 'generate_texts', 'beginnings', 'path_of_film', 'film_of', 'main']
 
 # %% ../nbs/10_sample.ipynb #imports
 import codecs, re, sys
@@ -24,7 +24,8 @@ from .command_line import from_command_line, one_sentence, words_first
 from .config import BadInput, ModelConfig
 from .corpora import text_blocks
 from .data import ids_of
-from .files import log_lines, resolve
+from .film import check_film, record_film, write_film
+from .files import log_lines, print_status, resolve
 from .model import GPT
 from .parallel import find_device, find_dtype
 from .pretrained import load_model, tokenizer_of
@@ -206,6 +207,7 @@ class Sampling:
     temperature: float = 0.8  # below 1 sharpens the distribution, 0 is greedy decoding
     top_k: int | None = 200  # sample from the k most likely tokens; None is all
     top_p: float = 1.0  # sample from the most likely tokens that together have this probability
+    film: bool = False  # record how the tokens travel through the experts, for report and live page
     seed: int = 1337  # random seed for sampling
     device: str = 'auto'  # auto, cpu, cuda, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # compute dtype; auto: bfloat16 on CUDA
@@ -228,6 +230,10 @@ def check_sampling(s: Sampling):
         (
             bool(s.start) + bool(s.start_file) + s.domains < 2,
             'only one of start, start_file and domains can be given',
+        ),
+        (
+            not s.film or s.num_samples == 1 and not s.domains and not s.stop,
+            'a film shows one text: film goes without num_samples, domains and stop',
         ),
     ]
     problems = [sentence for ok, sentence in rules if not ok]
@@ -272,6 +278,23 @@ def beginnings(run: str | Path, tokenizer, length: int = 24) -> dict[str, str]:
         if row['step'] == rows[-1]['step']
     }
 
+# %% ../nbs/10_sample.ipynb #film
+def path_of_film(run: str | Path, cfg: ModelConfig) -> Path:
+    "Where the film goes. Raises `BadInput` where it has no folder, or the model cannot be filmed."
+    check_film(cfg)
+    folder = resolve(run)
+    if not folder.is_dir():
+        raise BadInput(f'a film is written into the folder of a run, and {run} is not a folder')
+    return (folder.parent if folder.name.startswith('step-') else folder) / 'film.json'
+
+
+def film_of(model: GPT, tokenizer, idx: Tensor, s: Sampling) -> dict:
+    "The film of the text that continues idx (1, T) from the random seed, up to `block_size` tokens."
+    torch.manual_seed(s.seed)
+    steps = generate(model, idx, s.max_new_tokens, s.temperature, s.top_k, s.top_p, tokenizer.n_vocab)
+    ids = torch.cat([idx[0], *(step.ids for step in steps)])
+    return record_film(model, tokenizer, ids[: model.cfg.block_size + 1], idx.size(1))
+
 # %% ../nbs/10_sample.ipynb #sample-main
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.sample RUN [--start TEXT] …`"
@@ -289,6 +312,7 @@ def main(argv: list[str] | None = None):
         if sum(word.split('=')[0] == '--stop' for word in argv) > 1:
             raise BadInput('stop takes all its texts at once, --stop A B, got --stop twice')
         model, tokenizer = load(run, s.device)
+        film_path = path_of_film(run, model.cfg) if s.film else None
         starts = (
             beginnings(run, tokenizer)
             if s.domains
@@ -309,7 +333,11 @@ def main(argv: list[str] | None = None):
                 print(text, end='')
                 for piece in pieces:
                     print(piece, end='', flush=True)
-        print()
+            print()
+            if film_path:
+                film = film_of(model, tokenizer, prompt(tokenizer, text).to(device), s)
+                write_film(film, film_path)
+                print_status(f'film of the text: {film_path}; python -m nanomoe.viz report {run} shows it')
 
 
 if __name__ == '__main__' and '__file__' in globals():
