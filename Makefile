@@ -25,6 +25,7 @@ train: .venv/installed
 	$(BIN)/torchrun --standalone --nproc_per_node=$$P -m nanomoe.train onboard
 	@echo '== text it generates'
 	@$(BIN)/python -m nanomoe.sample $(RUN) --domains=True --max_new_tokens 60
+	@$(BIN)/python -m nanomoe.sample $(RUN) --film=True --start '742 in words is' --max_new_tokens 24 --temperature 0.6 --seed 2
 	@$(BIN)/python -m nanomoe.viz report $(RUN)
 
 test: .venv/installed

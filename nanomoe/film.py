@@ -289,6 +289,7 @@ function draw() {
   slider.setAttribute('aria-valuetext', shown(pieces[i]))
 }
 function go(n, seen = L + 1) { i = n; lit = seen; draw() }
+root.go = go
 function stop() { clearInterval(timer); timer = null; play.textContent = 'play'; draw() }
 function tick() {
   if (lit <= L && !calm) go(i, lit + 1)

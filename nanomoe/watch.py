@@ -110,10 +110,10 @@ def text_html(s: Samples, settings: dict) -> str:
         text += '<h2>The text over time</h2>' + text_over_time(s, n_experts)
     return text
 
-# %% ../nbs/48_watch.ipynb #live
+
 FILM = '<a href="film">Film of a generated text, token by token through the experts</a>'
 
-
+# %% ../nbs/48_watch.ipynb #live
 class Live:
     "A run as the viewer shows it; `answer` returns the page, or what has changed in it."
 

@@ -78,7 +78,7 @@ LATER = {
     'optim': {'parallel', 'sharding'},
     'train': {'parallel', 'expert_parallel', 'sharding', 'sizing'},
     'expert_parallel': {'sharding'},
-    'sample': {'parallel'},
+    'sample': {'film', 'parallel'},
 }
 
 
