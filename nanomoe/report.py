@@ -644,8 +644,7 @@ def report(run: str | Path) -> str:
         sections['Experts'] = f'<p>Experts: {legend(n_experts)}</p>{picture}'
     if health_rows(rows):
         sections['Health'] = img_tag(health_figure(rows), 'health of the layers')
-    if film := film_of_run(run):
-        sections['Film of a generated text'] = film
+    sections |= {'Film of a generated text': film} if (film := film_of_run(run)) else {}
     if s := read_samples(run, rows):
         sections |= text_sections(s, n_experts_of(s, settings), settings.get('router'))
     sections['Settings'] = details(f'{len(settings)} options', table(settings.items()))
@@ -680,9 +679,7 @@ _captions = {
     'column\'s, '
     'relative to chance (1).',
     'From layer to layer': 'First choices; a band has the color of the expert it comes from.',
-    'Film of a generated text': 'A token travels to the right, through the experts that each layer '
-    'chose; a larger gate is a thicker line. Below: the probability of the next token without an expert, '
-    'and the best guesses behind the layer.',
+    'Film of a generated text': 'Below an expert: the probability of the next token without it.',
     'When routing settled': 'How much of the final routing was already in place at earlier evaluations.',
 }
 
