@@ -298,7 +298,7 @@ function tick() {
 }
 root.querySelector('[data-do=back]').onclick = () => { stop(); go(Math.max(i - 1, 0)) }
 root.querySelector('[data-do=next]').onclick = () => { stop(); go(Math.min(i + 1, frames.length - 1)) }
-slider.oninput = () => { stop(); go(+slider.value) }
+slider.oninput = () => { const n = +slider.value; stop(); go(n) }
 play.onclick = () => {
   if (timer) return stop()
   if (i + 1 == frames.length) go(0, 0)
