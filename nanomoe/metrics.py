@@ -456,9 +456,9 @@ def find_collapse(lines: Sequence[dict]) -> Finding | None:
         return None
     worst = int(effective.argmin())
     reason = (
-        f'In layer {worst}, {unused[worst]} of {E} experts get less than {LIMITS.unused_load:.0%} of a '
-        f'uniform load; the load is as uneven as if {effective[worst]:.1f} of them were in use. {ill.sum()} '
-        f'of {L} MoE layers are affected (sum of {len(loads)} log lines).'
+        f'The load of layer {worst} is as uneven as if {effective[worst]:.1f} of {E} experts were in use. '
+        f'{unused.sum()} of {L * E} experts get less than {LIMITS.unused_load:.0%} of a uniform load; '
+        f'{ill.sum()} of {L} MoE layers are affected (sum of {len(loads)} log lines).'
     )
     return Finding('collapsed', 'Experts unused (routing collapse)', reason, True)
 
