@@ -470,7 +470,7 @@ def find_drops(lines: Sequence[dict]) -> Finding | None:
         return None
     reason = (
         f'{rate:.0%} of the assignments in the last {len(lines)} log lines were dropped, since their '
-        f'expert was full. Chance alone explains less than {LIMITS.drop_rate:.0%}'
+        f'expert was full. With balanced routing it would be less than {LIMITS.drop_rate:.0%}'
     )
     return Finding('dropping', 'Dropping many tokens', reason + '.', True)
 
@@ -573,8 +573,9 @@ def diagnose(
     if len(recent) < LIMITS.fewest_lines:
         return [state]
     lines = last_lines(recent, len(rows))
-    found = [find_divergence(rows, lines), find_collapse(lines), find_drops(lines)]
-    ill = [finding for finding in (*found, find_spikes(recent), find_overfitting(rows)) if finding]
+    rising = find_divergence(rows, lines)
+    found = [rising, find_collapse(lines), find_drops(lines), find_spikes(recent)]
+    ill = [finding for finding in (*found, None if rising else find_overfitting(rows)) if finding]
     if not ill and state.name in ('healthy', 'finished'):
         title = 'Healthy' if state.name == 'healthy' else 'Finished, healthy'
         state = state._replace(title=title, reason=f'{state.reason} {checked(lines)}')

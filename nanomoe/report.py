@@ -641,7 +641,7 @@ def report(run: str | Path) -> str:
     if routed_rows(rows):
         n_experts = len(routed_rows(rows)[-1]['load'][0])
         picture = img_tag(experts_figure(rows), 'load of the experts')
-        sections['Experts'] = f'<p>Experts: {legend(n_experts)}</p>{picture}'
+        sections['Experts'] = f'<div>Experts: {legend(n_experts)}</div>{picture}'
     if health_rows(rows):
         sections['Health'] = img_tag(health_figure(rows), 'health of the layers')
     sections |= {'Film of a generated text': film} if (film := film_of_run(run)) else {}

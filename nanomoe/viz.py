@@ -315,7 +315,7 @@ def domain_load(row: dict, layer: int, most: int = 12) -> tuple[list[str], np.nd
 def specialization(row: dict, layer: int, ax: Axes | None = None) -> Figure:
     "Expert × domain of one layer: 1 where a domain uses an expert as much as uniform routing would."
     names, load = domain_load(row, layer)
-    return load_heatmap(load, names, f'layer {layer}: load by domain (1 = uniform)', ax)
+    return load_heatmap(load, names, f'layer {layer}: load by domain', ax)
 
 # %% ../nbs/05_viz.ipynb #token-classes
 def token_class(piece: str) -> str:
