@@ -182,7 +182,7 @@ _style = """.film button, .film input { font: inherit }
 .film-controls { display: flex; gap: .5em; align-items: center; flex-wrap: wrap }
 .film-controls input { flex: 1; min-width: 120px }
 .film-stage { overflow-x: auto }
-.film-stage svg { display: block; font: 12px sans-serif; fill: currentColor; max-width: none }
+.film-stage svg { display: block; font: 12px sans-serif; fill: currentColor }
 .film-words { min-height: 3em; font-size: .9em; opacity: .8 }"""
 
 _elements = """<div class="film-text"></div>
@@ -250,7 +250,8 @@ _layer = """function stage(f, piece, next, lit) {
     parts.push(`<text x="${x}" y="${middle + 74}">→ <tspan font-weight="bold">${safe(next).slice(0, 12)
       }</tspan> ${percent(f.p)}</text>`)
   }
-  return `<svg width="${wide}" height="${high}" viewBox="0 0 ${wide} ${high}">${parts.join('')}</svg>`
+  const style = `width: 100%; min-width: ${0.7 * wide}px; max-width: ${wide}px`
+  return `<svg style="${style}" viewBox="0 0 ${wide} ${high}">${parts.join('')}</svg>`
 }
 
 function words(f, piece, next) {

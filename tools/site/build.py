@@ -117,6 +117,8 @@ def as_sources(notebooks: dict[str, dict], folder: Path) -> dict[str, str]:
     for name, notebook in notebooks.items():
         page = notebook | {'cells': [made for cell in notebook['cells'] if (made := as_page(cell))]}
         if name == 'index':
+            (shown,) = [cell for cell in page['cells'] if 'film.gif' in cell['source']]
+            shown['source'] = re.sub(r'!\[.*\]\(assets/film.gif\)', lambda _: film(), shown['source'])
             trees = [toctree(group.title, group.pages) for group in groups]
             trees.append(toctree('Reference', [('api/index', 'API reference')]))
             page['cells'].append(
@@ -132,6 +134,13 @@ def as_sources(notebooks: dict[str, dict], folder: Path) -> dict[str, str]:
         (folder / 'api' / f'{module}.md').write_text(text)
     shutil.copytree(ROOT / 'assets', folder / 'assets', ignore=shutil.ignore_patterns('runs', 'bench'))
     return labels
+
+
+def film() -> str:
+    "The film that README shows as an animation, to play."
+    from nanomoe.report import film_of_run
+
+    return f'`````{{raw}} html\n{film_of_run(ROOT / "assets")}\n`````'
 
 
 def toctree(caption: str, pages: list[tuple[str, str]]) -> str:
