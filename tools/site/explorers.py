@@ -1,0 +1,82 @@
+"""Explorers as pages hold them: what static/explorers.js makes controls of, and a still picture without it."""
+
+import base64
+import json
+import shutil
+from html import escape
+from pathlib import Path
+
+import computed
+from record import explorers_of, recordings, source
+
+
+def explorers(notebooks: dict[str, dict], named: list[str], folder: Path) -> dict[tuple[str, str], str]:
+    """(notebook, cell id) -> HTML of each explorer that works on the site.
+
+    Those in computed.py, and the others of the notebooks in `named`, recorded. Pictures are written below
+    explorers/ in `folder`.
+    """
+    cells = {name: explorers_of(notebook) for name, notebook in notebooks.items()}
+    left = {
+        name: {c: box for c, box in cells[name].items() if (name, c) not in computed.EXPLORERS}
+        for name in named
+    }
+    html = {}
+    for (name, cell), lesson in computed.EXPLORERS.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / f'{cell}.png').write_bytes(still(notebooks[name], cell))
+        spec = lesson() | {'computed': f'{name}/{cell}', 'palette': computed.PALETTE}
+        html[name, cell] = explorer(
+            cell, spec, f'<img alt="{title(cell)}" src="explorers/{name}/{cell}.png">'
+        )
+    for name, recording in recordings(
+        notebooks, {name: boxes for name, boxes in left.items() if boxes}
+    ).items():
+        for cell in left[name]:
+            spec = json.loads((recording / f'{cell}.json').read_text())
+            spec['folder'] = f'explorers/{name}/{cell}/'
+            if 'pictures' in spec:
+                shutil.copytree(recording / cell, folder / name / cell)
+            html[name, cell] = explorer(cell, spec, first_view(cell, spec))
+    return html
+
+
+def title(cell: str) -> str:
+    return cell.replace('-', ' ')
+
+
+def still(notebook: dict, cell: str) -> bytes:
+    "The picture that a cell's output holds."
+    (outputs,) = [c['outputs'] for c in notebook['cells'] if c['id'] == cell]
+    return base64.b64decode(next(o['data']['image/png'] for o in outputs if 'data' in o))
+
+
+def first_view(cell: str, spec: dict) -> str:
+    "The frame at the controls' first positions."
+    place = 0
+    for control in spec['controls']:
+        place = place * len(control['labels']) + control['at']
+    frame = spec['frames'][place]
+    if 'html' in spec:
+        return spec['html'][frame]
+    width, height = spec['size']
+    src = spec['folder'] + spec['pictures'][frame]
+    return f'<img alt="{title(cell)}" src="{src}" width="{width}" height="{height}">'
+
+
+def explorer(cell: str, spec: dict, view: str) -> str:
+    data = json.dumps(spec | {'title': title(cell)}, separators=(',', ':')).replace('</', '<\\/')
+    return (
+        f'<div class="explorer" id="{cell}-live" role="group" aria-label="{escape(title(cell))}">'
+        f'<div class="view">{view}</div>{note(spec)}<script type="application/json">{data}</script></div>'
+    )
+
+
+def note(spec: dict) -> str:
+    "What the page's explorer lacks."
+    words = []
+    if any(control.get('of', 0) > len(control['labels']) for control in spec['controls']):
+        words.append('In JupyterLab the sliders have more positions.')
+    if any(control['kind'] == 'text' for control in spec['controls']):
+        words.append('Type your own text in JupyterLab.')
+    return f'<p class="note">{" ".join(words)}</p>' if words else ''
