@@ -3,9 +3,16 @@
 static/computed.js has an entry for each. The lesson's own code makes what it needs: `cells_of` runs cells.
 """
 
+import base64
 import json
+from contextlib import redirect_stdout
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+
+import torch
 
 from nanomoe.viz import expert_color
 
@@ -15,12 +22,14 @@ PALETTE = [expert_color(e) for e in range(8)]
 
 @cache
 def cells_of(notebook: str, *ids: str) -> dict:
-    "What the cells of a lesson define."
+    "What the lesson's module, its imports and the cells with these ids define."
     cells = json.loads((NBS / f'{notebook}.ipynb').read_text())['cells']
     code = {cell['id']: ''.join(cell['source']) for cell in cells}
-    namespace = {}
-    for cell in ids:
-        exec(code[cell], namespace)
+    module = f'nanomoe.{notebook[3:]}'
+    namespace = dict(vars(import_module(module))) if find_spec(module) else {}
+    with redirect_stdout(StringIO()):
+        for cell in (*(cell for cell in code if cell.endswith('imports')), *ids):
+            exec(code[cell], namespace)
     return namespace
 
 
@@ -46,7 +55,7 @@ def steps(low: float, high: float, step: float) -> list[float]:
 
 def router() -> dict:
     "Probabilities and gates of one token."
-    lesson = cells_of('01_router', 'imports', 'lesson-imports', 'draw-token')
+    lesson = cells_of('01_router', 'draw-token')
     controls = [
         slider('top_k', list(range(1, 9)), 2),
         slider('temperature', steps(0.25, 4, 0.05), 1, form='.2f'),
@@ -54,4 +63,42 @@ def router() -> dict:
     return dict(controls=controls, data=dict(logits=lesson['one_token'][0].tolist()))
 
 
-EXPLORERS = {('01_router', 'explorer'): router}
+def layer_cost() -> dict:
+    controls = [slider('E', list(range(8, 65)), 16), slider('K', list(range(1, 9)), 4)]
+    return dict(controls=[*controls, slider('F', list(range(64, 1025, 64)), 512)], data=dict(C=256))
+
+
+def dropping() -> dict:
+    "The noise of 2048 tokens' logits, which the popularity of the experts is added to."
+    lesson = cells_of('04_capacity', 'demand')
+    noise = lesson['routing'](0, 2048).logits
+    controls = [
+        slider('capacity_factor', steps(0.5, 2.5, 0.05), 1.25, form='.2f'),
+        slider('skew', steps(0, 2, 0.05), 1, form='.2f'),
+        choice('priority', ['choice', 'token', 'gate'], 'choice'),
+    ]
+    return dict(controls=controls, data=dict(noise=base64.b64encode(noise.numpy().tobytes()).decode()))
+
+
+def leak() -> dict:
+    "The logits of 32 tokens, and those of the token that replaces each."
+    lesson = cells_of('04_capacity', 'layer')
+    x, router = lesson['x'], lesson['router']
+    others = [torch.randn(16, generator=torch.Generator().manual_seed(n)) @ router for n in range(32)]
+    controls = [
+        slider('token', list(range(32)), 16),
+        choice('priority', ['choice', 'token', 'gate'], 'choice'),
+        slider('factor', steps(0.5, 2, 0.05), 0.75, form='.2f'),
+        choice('rows', [1, 2, 4], 1),
+    ]
+    return dict(
+        controls=controls, data=dict(logits=(x @ router).tolist(), others=torch.stack(others).tolist())
+    )
+
+
+EXPLORERS = {
+    ('01_router', 'explorer'): router,
+    ('02_experts', 'explorer'): layer_cost,
+    ('04_capacity', 'explorer'): dropping,
+    ('04_capacity', 'leak-explore'): leak,
+}

@@ -1,4 +1,4 @@
-"""Explorers as pages hold them: what static/explorers.js makes controls of, and a still picture without it."""
+"Explorers as pages hold them: data for static/explorers.js, and a picture for readers without scripts."
 
 import base64
 import json
@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 import computed
-from record import explorers_of, recordings, source
+from record import explorers_of, recordings
 
 
 def explorers(notebooks: dict[str, dict], named: list[str], folder: Path) -> dict[tuple[str, str], str]:

@@ -1,8 +1,8 @@
 """Record what the explorers of the notebooks show, so that pages can show it without a kernel.
 
-A notebook runs in a copy of the project, with a cell behind each explorer that moves its controls through their
-positions. Its recording is a folder below out/explorers with a `CELL.json` for each explorer and the pictures
-in a folder CELL; it is kept until the notebook's code or the package changes.
+A notebook runs in a copy of the project, with a cell behind each explorer that moves its controls through
+their positions. Its recording is a folder below out/explorers with a `CELL.json` for each explorer and the
+pictures in a folder CELL; it is kept until the notebook's code or the package changes.
 """
 
 import hashlib
@@ -61,7 +61,10 @@ def positions_of(control) -> dict:
 
 
 def spread(n: int, count: int, at: int) -> list[int]:
-    "`count` of the positions 0 to n - 1, evenly spaced, with both ends and `at`; of two, `at` and the farther end."
+    """`count` of the positions 0 to n - 1, evenly spaced, with both ends and `at`.
+
+    Of two, `at` and the end that is farther from it.
+    """
     if count == 2:
         return sorted({at, 0 if 2 * at >= n else n - 1})
     chosen = [round(i * (n - 1) / (count - 1)) for i in range(count)]
