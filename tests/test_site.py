@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from html import unescape
 from pathlib import Path
@@ -17,7 +18,11 @@ import pytest
 import torch
 
 from nanomoe.capacity import assign_slots, expert_capacity
+from nanomoe.model import GPT, flops_per_token, n_params
+from nanomoe.optim import lr_at
+from nanomoe.presets import PRESETS, total_active
 from nanomoe.router import topk_route
+from nanomoe.sizing import step_bytes
 from nanomoe.viz import to_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,6 +216,13 @@ def router_numbers(data: dict, top_k: int, temperature: float) -> dict:
     return {name: tensor[0].tolist() for name, tensor in numbers.items()}
 
 
+def plane_numbers(data: dict, top_k: int, temperature: float, norm_topk_prob: bool) -> dict:
+    logits = torch.tensor([data['token']]) @ torch.tensor(data['arrows']).T / temperature
+    r = topk_route(logits, top_k, norm_topk_prob)
+    numbers = dict(logits=logits, probs=r.probs, ids=r.expert_ids, gates=r.gates)
+    return {name: tensor[0].tolist() for name, tensor in numbers.items()}
+
+
 def cost_numbers(data: dict, E: int, K: int, F: int) -> dict:
     lesson = cells_of('02_experts', 'mlp-test', 'cost', 'layer-cost')
     cost, matched = lesson['layer_cost'](E, K, F), lesson['dense_cost'](K, F)
@@ -240,12 +252,56 @@ def leak_numbers(data: dict, token: int, priority: str, factor: float, rows: int
     return numbers | dict(outputs=outputs, later=later, earlier=sum(n < token for n in outputs))
 
 
+def size_numbers(data: dict, n_experts: int, top_k: int, moe_every: int) -> dict:
+    lesson = cells_of('07_model', 'architecture', 'parts-by-hand')
+    shape = dict(n_experts=n_experts, top_k=min(top_k, n_experts), moe_every=moe_every)
+    cfg = replace(lesson['nano'], **shape)
+    with torch.device('meta'):
+        total, active = n_params(GPT(cfg))
+    parts = list(lesson['parts_by_hand'](cfg).values())
+    return dict(parts=parts, total=total, active=active, flops=flops_per_token(cfg))
+
+
+def rate_numbers(data: dict, warmup_iters: int, peak: float, floor: float, max_iters: int) -> dict:
+    rate, shape = peak / 1000, dict(warmup_iters=warmup_iters, max_iters=max_iters)
+    cfg = replace(PRESETS['tiny'][1], learning_rate=rate, min_lr=floor * rate, **shape)
+    rates = [1000 * lr_at(step, cfg) for step in range(1000)]
+    return dict(rates=rates, sum=sum(rates) / 1000)
+
+
+def waiting_numbers(data: dict, skew: float, capacity: float, P: int) -> dict:
+    lesson = cells_of('12_expert_parallel', 'waiting')
+    rows, dropped = lesson['rows_of_experts'](skew, capacity if capacity < 4 else None)
+    return dict(rows=rows.tolist(), dropped=dropped, waiting=lesson['waiting'](rows, P))
+
+
+def plan_numbers(data: dict, dollars: int, experts: int, top_k: int, price: float, mfu: float) -> dict:
+    lesson = cells_of('26_sizing', *computed.BILL)
+    budget = dollars / price * 3600 * lesson['PEAK']['H100'] * mfu
+    plans = [lesson['afford'](budget, 1, 1), lesson['afford'](budget, experts, min(top_k, experts))]
+    sizes = [total_active(cfg) for cfg, _ in plans]
+    return dict(
+        budget=budget,
+        days=lesson['bill'](*plans[1], mfu=mfu, price=price)[0],
+        layers=[cfg.n_layer for cfg, _ in plans],
+        total=[total for total, _ in sizes],
+        active=[active for _, active in sizes],
+        tokens=[tokens for _, tokens in plans],
+        bytes=[list(step_bytes(cfg, 8, True).values()) for cfg, _ in plans],
+    )
+
+
 DROPS = 'queue-by-loop demand places-by-cumsum assign-slots-oracle token-order-price'.split()
 NUMBERS = {  # explorer -> what its numbers should be, and positions of its controls
     ('01_router', 'explorer'): (router_numbers, [(0, 15), (2, 3), (7, 75)]),
+    ('01_router', 'walk-picture'): (plane_numbers, [(1, 15, 0), (0, 40, 0), (2, 2, 1)]),
     ('02_experts', 'explorer'): (cost_numbers, [(8, 3, 7), (0, 7, 0), (56, 7, 15)]),
     ('04_capacity', 'explorer'): (dropped_numbers, [(15, 20, 0), (5, 40, 1), (10, 25, 2)]),
     ('04_capacity', 'leak-explore'): (leak_numbers, [(16, 0, 5, 0), (3, 2, 0, 1), (25, 1, 9, 2)]),
+    ('07_model', 'explorer'): (size_numbers, [(6, 1, 1), (0, 7, 5), (30, 7, 0)]),
+    ('08_optim', 'schedule-explore'): (rate_numbers, [(10, 25, 2, 16), (0, 0, 20, 3), (50, 95, 0, 0)]),
+    ('12_expert_parallel', 'waiting-explorer'): (waiting_numbers, [(12, 60, 2), (40, 1, 3), (21, 9, 4)]),
+    ('26_sizing', 'explorer'): (plan_numbers, [(5, 14, 1, 8, 25), (0, 0, 3, 0, 0), (14, 62, 0, 38, 55)]),
 }
 
 
@@ -275,6 +331,8 @@ def test_a_computed_explorer_has_the_numbers_of_the_lesson(site, browser, explor
             field = page.locator(f'#{cell}-live-{i}')
             if control['kind'] == 'range':
                 field.fill(str(position))
+            elif control['kind'] == 'checkbox':
+                field.set_checked(bool(position))
             else:
                 field.select_option(index=position)
             values[control['name']] = control['values'][position]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from check import problems_of
-from record import source
+from record import EXPLORER, source
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -69,7 +69,7 @@ def course_map(notebooks: dict[str, dict]) -> list[Group]:
 def as_page(cell: dict, explorer: str | None) -> dict | None:
     """A cell as the site shows it, None for a cell that only the notebook needs.
 
-    The HTML of an `explorer` takes the place of its still picture.
+    The HTML of an `explorer` takes the place of its still picture, or stands below another cell's output.
 
     Lines of directives go, and so does hidden code; what it printed or drew stays. Imports and code that
     JupyterLab shows folded are folded.
@@ -89,9 +89,9 @@ def as_page(cell: dict, explorer: str | None) -> dict | None:
     if {'export', 'exporti'} & set(directives):
         tags.append('export')
     if explorer:
-        printed = [output for output in cell['outputs'] if output['output_type'] == 'stream']
+        kept = [o for o in cell['outputs'] if o['output_type'] == 'stream' or not EXPLORER.search(text)]
         html = {'output_type': 'display_data', 'metadata': {}, 'data': {'text/html': explorer}}
-        cell = cell | {'outputs': [*printed, html]}
+        cell = cell | {'outputs': [*kept, html]}
     described = {'mystnb': {'image': {'alt': cell['id'].replace('-', ' ')}}}
     return cell | {'source': text, 'metadata': {'tags': tags} | described}
 

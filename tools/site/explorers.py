@@ -16,29 +16,30 @@ def explorers(notebooks: dict[str, dict], named: list[str], folder: Path) -> dic
     Those in computed.py, and the others of the notebooks in `named`, recorded. Pictures are written below
     explorers/ in `folder`.
     """
-    cells = {name: explorers_of(notebook) for name, notebook in notebooks.items()}
+    html = {place: computed_explorer(notebooks, *place, folder) for place in computed.EXPLORERS}
+    cells = {name: explorers_of(notebooks[name]) for name in named}
     left = {
-        name: {c: box for c, box in cells[name].items() if (name, c) not in computed.EXPLORERS}
-        for name in named
+        name: {c: box for c, box in boxes.items() if (name, c) not in html} for name, boxes in cells.items()
     }
-    html = {}
-    for (name, cell), lesson in computed.EXPLORERS.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / f'{cell}.png').write_bytes(still(notebooks[name], cell))
-        spec = lesson() | {'computed': f'{name}/{cell}', 'palette': computed.PALETTE}
-        html[name, cell] = explorer(
-            cell, spec, f'<img alt="{title(cell)}" src="explorers/{name}/{cell}.png">'
-        )
     for name, recording in recordings(
         notebooks, {name: boxes for name, boxes in left.items() if boxes}
     ).items():
+        shutil.copytree(recording, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.json'))
         for cell in left[name]:
-            spec = json.loads((recording / f'{cell}.json').read_text())
-            spec['folder'] = f'explorers/{name}/{cell}/'
-            if 'pictures' in spec:
-                shutil.copytree(recording / cell, folder / name / cell)
+            spec = json.loads((recording / f'{cell}.json').read_text()) | {
+                'folder': f'explorers/{name}/{cell}/'
+            }
             html[name, cell] = explorer(cell, spec, first_view(cell, spec))
     return html
+
+
+def computed_explorer(notebooks: dict[str, dict], name: str, cell: str, folder: Path) -> str:
+    spec = computed.EXPLORERS[name, cell]() | {'computed': f'{name}/{cell}', 'palette': computed.PALETTE}
+    if cell not in explorers_of(notebooks[name]):  # it stands below the cell's own picture
+        return explorer(cell, spec, '')
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / f'{cell}.png').write_bytes(still(notebooks[name], cell))
+    return explorer(cell, spec, f'<img alt="{title(cell)}" src="explorers/{name}/{cell}.png">')
 
 
 def title(cell: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = ROOT / 'out' / 'explorers'
-MAX_FRAMES = 60  # of one explorer
+MAX_FRAMES = 64  # of one explorer
 EXPLORER = re.compile(r'^(\w+) = explore\(', re.M)
 KINDS = {
     'Dropdown': 'select',
@@ -78,7 +78,7 @@ def thinned(controls: list[dict]) -> list[dict]:
     counts = [len(control['values']) for control in controls]
     sliders = [i for i, control in enumerate(controls) if control['kind'] == 'range']
     while math.prod(counts) > MAX_FRAMES and max((counts[i] for i in sliders), default=2) > 2:
-        counts[max(sliders, key=lambda i: counts[i])] -= 1
+        counts[max(sliders, key=lambda i: (counts[i], len(controls[i]['values'])))] -= 1
     made = []
     for control, count in zip(controls, counts):
         n, at = len(control['values']), control['at']
@@ -88,31 +88,35 @@ def thinned(controls: list[dict]) -> list[dict]:
     return made
 
 
-def record(box, path: str):
-    "Write `path`.json, which a page reads, and the pictures into the folder `path`; equal frames only once."
-    path = Path(path)
-    widgets, view = box.children[0].children, box.children[1]
-    controls = thinned([positions_of(widget) for widget in widgets])
+def frames_at(controls: list[dict], widgets: list, view) -> list:
+    "What the view shows at each combination of positions, those of the last control first."
     before, frames = [widget.value for widget in widgets], []
-    for values in product(*(control['values'] for control in controls)):
+    for values in product(*(control.pop('values') for control in controls)):
         for widget, value in zip(widgets, values):
             widget.value = value
         frames.append(view.value)
     for widget, value in zip(widgets, before):
         widget.value = value
+    return frames
+
+
+def record(box, path: str):
+    "Write `path`.json, which a page reads, and the pictures into the folder `path`; equal frames only once."
+    path, (row, view) = Path(path), box.children
+    controls = thinned([positions_of(widget) for widget in row.children])
+    frames = frames_at(controls, row.children, view)
     views = list(dict.fromkeys(frames))
-    for control in controls:
-        del control['values']
     spec = {'controls': controls, 'frames': [views.index(frame) for frame in frames]}
+    path.mkdir(parents=True)
     if isinstance(views[0], str):
         spec['html'] = views
     else:
-        path.mkdir(parents=True)
         spec['pictures'] = [f'{i:02}.png' for i in range(len(views))]
-        spec['size'] = [int.from_bytes(views[0][at : at + 4]) for at in (16, 20)]  # of the PNG's header
+        spec['size'] = [
+            int.from_bytes(views[0][at : at + 4], 'big') for at in (16, 20)
+        ]  # of the PNG's header
         for name, picture in zip(spec['pictures'], views):
             (path / name).write_bytes(picture)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix('.json').write_text(json.dumps(spec))
 
 

@@ -8,7 +8,14 @@ function svg(name, attributes = {}, ...children) {
 }
 
 function canvas(width, height, label) {
-  return svg('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'group', 'aria-label': label })
+  return resized(svg('svg', { role: 'group', 'aria-label': label }), width, height)
+}
+
+function resized(root, width, height) {
+  for (const [key, value] of Object.entries({ width, height, viewBox: `0 0 ${width} ${height}` })) {
+    root.setAttribute(key, value)
+  }
+  return root
 }
 
 function text(x, y, words, attributes = {}) {
@@ -31,7 +38,7 @@ const bottom = (boxes) => Math.max(...boxes.map((box) => box.top + box.height))
 
 // Axes in a rectangle; `x` and `y` give the pixel of a value, `valueX` and `valueY` the value at a pixel.
 class Axes {
-  constructor(parent, box, { xlim, ylim, log = false, margin = [28, 12, 40, 44] }) {
+  constructor(parent, box, { xlim, ylim, log = false, margin = [28, 16, 40, 44] }) {
     const [top, right, below, left] = margin
     this.group = svg('g')
     parent.append(this.group)
@@ -84,11 +91,18 @@ class Axes {
   }
 }
 
+// Round numbers from 0 to `most`, at most seven.
+function ticks(most) {
+  const power = 10 ** Math.floor(Math.log10(most / 6))
+  const step = [1, 2, 5, 10].map((digit) => digit * power).find((size) => most / size <= 6)
+  return Array.from({ length: Math.floor(most / step) + 1 }, (_, i) => i * step)
+}
+
 // A legend in a row of colored squares that wraps; returns how high it is.
 function legend(parent, left, top, width, names, colors) {
   let [x, y] = [left, top]
   names.forEach((name, i) => {
-    const wide = 26 + 6.6 * name.length
+    const wide = 34 + 6.6 * name.length
     if (x > left && x + wide > left + width) [x, y] = [left, y + 18]
     parent.append(svg('rect', { x, y, width: 12, height: 12, fill: colors[i] }))
     parent.append(text(x + 17, y + 10.5, name, { 'text-anchor': 'start' }))
