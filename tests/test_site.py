@@ -296,11 +296,11 @@ NUMBERS = {  # explorer -> what its numbers should be, and positions of its cont
     ('01_router', 'explorer'): (router_numbers, [(0, 15), (2, 3), (7, 75)]),
     ('01_router', 'walk-picture'): (plane_numbers, [(1, 15, 0), (0, 40, 0), (2, 2, 1)]),
     ('02_experts', 'explorer'): (cost_numbers, [(8, 3, 7), (0, 7, 0), (56, 7, 15)]),
-    ('04_capacity', 'explorer'): (dropped_numbers, [(15, 20, 0), (5, 40, 1), (10, 25, 2)]),
+    ('04_capacity', 'explorer'): (dropped_numbers, [(15, 20, 0), (5, 40, 1), (11, 25, 2)]),
     ('04_capacity', 'leak-explore'): (leak_numbers, [(16, 0, 5, 0), (3, 2, 0, 1), (25, 1, 9, 2)]),
     ('07_model', 'explorer'): (size_numbers, [(6, 1, 1), (0, 7, 5), (30, 7, 0)]),
     ('08_optim', 'schedule-explore'): (rate_numbers, [(10, 25, 2, 16), (0, 0, 20, 3), (50, 95, 0, 0)]),
-    ('12_expert_parallel', 'waiting-explorer'): (waiting_numbers, [(12, 60, 2), (40, 1, 3), (21, 9, 4)]),
+    ('12_expert_parallel', 'waiting-explorer'): (waiting_numbers, [(12, 60, 2), (40, 50, 3), (21, 9, 4)]),
     ('26_sizing', 'explorer'): (plan_numbers, [(5, 14, 1, 8, 25), (0, 0, 3, 0, 0), (14, 62, 0, 38, 55)]),
 }
 

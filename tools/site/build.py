@@ -2,7 +2,7 @@
 
     python tools/site/build.py [FOLDER [NOTEBOOK...]]     # _site if no folder is named
 
-Explorers work in the pages: static/computed.js calculates some, and for the others the notebooks are run and
+Explorers work in the pages: some are calculated there, and for the others the notebooks are run and
 what they show is recorded. With NOTEBOOK, such as 11_parallel, only those are recorded; explorers of the rest
 stay still pictures.
 

@@ -1,6 +1,6 @@
 """The explorers that pages calculate: their controls, and the numbers of the lesson that they start from.
 
-static/computed.js has an entry for each. The lesson's own code makes what it needs: `cells_of` runs cells.
+static/routing.js and static/sizes.js have an entry for each. `cells_of` runs the lesson's own cells.
 """
 
 import base64

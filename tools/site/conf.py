@@ -38,7 +38,7 @@ html_static_path = ['static']
 templates_path = ['templates']
 html_css_files = ['course.css']
 html_js_files = ['course.js']
-EXPLORER_SCRIPTS = ['drawing.js', 'computed.js', 'explorers.js']  # in this order
+EXPLORER_SCRIPTS = ['drawing.js', 'routing.js', 'sizes.js', 'explorers.js']  # in this order
 COLORS = {
     'color-brand-primary': '#0072b2',  # expert 0
     'color-brand-content': 'var(--color-brand-primary)',

@@ -62,7 +62,8 @@ class Axes {
     return made
   }
 
-  frame({ title = '', xlabel = '', ylabel = '', xticks = [], yticks = [], xnames = xticks, ynames = yticks }) {
+  frame({ title = '', xlabel = '', ylabel = '', xticks = [], yticks = [], ...names }) {
+    const { xnames = xticks, ynames = yticks } = names
     const { left, right, top, bottom } = this
     const line = { fill: 'none', stroke: '#000', 'stroke-width': 0.8 }
     this.add('path', { d: `M${left} ${top}V${bottom}H${right}`, ...line })
@@ -111,11 +112,12 @@ function legend(parent, left, top, width, names, colors) {
   return y + 18 - top
 }
 
-// A mark that is moved by the pointer and by arrow keys: `moveTo(x, y)` gets pixels of the drawing, `step(dx, dy)`
-// arrow keys. The pointer keeps the drawing's root, since each move draws the marks anew.
+// A mark that the pointer and arrow keys move: `moveTo(x, y)` gets pixels of the drawing, `step(dx, dy)` the
+// direction of a key. The window follows the pointer, since each move draws the marks anew.
 function draggable(mark, label, value, { moveTo, step }) {
-  const role = { role: 'slider', tabindex: 0, 'aria-label': label, 'aria-valuetext': value, 'aria-valuenow': value }
-  for (const [key, word] of Object.entries(role)) mark.setAttribute(key, word)
+  const role = { role: 'slider', tabindex: 0, 'aria-label': label }
+  const now = { 'aria-valuetext': value, 'aria-valuenow': Number.parseFloat(value) }
+  for (const [key, word] of Object.entries({ ...role, ...now })) mark.setAttribute(key, word)
   mark.style.cursor = 'grab'
   mark.style.touchAction = 'none'
   mark.addEventListener('pointerdown', (down) => {

@@ -12,7 +12,7 @@ function element(name, attributes = {}, ...children) {
 const controlKinds = {
   range({ label, labels, id }, moved) {
     const input = element('input', { type: 'range', min: 0, max: labels.length - 1, id })
-    const value = element('output', { for: id })
+    const value = element('span')
     input.addEventListener('input', () => moved(Number(input.value)))
     const set = (at) => {
       input.value = at
@@ -24,7 +24,8 @@ const controlKinds = {
   select({ label, labels, id }, moved) {
     const select = element('select', { id }, ...labels.map((text) => element('option', {}, text)))
     select.addEventListener('change', () => moved(select.selectedIndex))
-    return [element('div', {}, element('label', { for: id }, label), select), (at) => (select.selectedIndex = at)]
+    const set = (at) => (select.selectedIndex = at)
+    return [element('div', {}, element('label', { for: id }, label), select), set]
   },
   radio({ label, labels, id }, moved) {
     const inputs = labels.map((_, at) => {
@@ -33,12 +34,14 @@ const controlKinds = {
       return input
     })
     const choices = labels.map((text, at) => element('label', {}, inputs[at], text))
-    return [element('fieldset', {}, element('legend', {}, label), ...choices), (at) => (inputs[at].checked = true)]
+    const set = (at) => (inputs[at].checked = true)
+    return [element('fieldset', {}, element('legend', {}, label), ...choices), set]
   },
   checkbox({ label, id }, moved) {
     const input = element('input', { type: 'checkbox', id })
     input.addEventListener('change', () => moved(Number(input.checked)))
-    return [element('div', {}, element('label', { for: id }, label), input), (at) => (input.checked = at === 1)]
+    const set = (at) => (input.checked = at === 1)
+    return [element('div', {}, element('label', { for: id }, label), input), set]
   },
   text({ label, labels, id }) {
     const input = element('input', { type: 'text', value: labels[0], disabled: '', id })
@@ -48,7 +51,8 @@ const controlKinds = {
 
 // Shows the frame at the positions `at`; frames are in the order of the last control first.
 function recordedView(spec, view) {
-  const frameAt = (at) => spec.frames[at.reduce((n, position, i) => n * spec.controls[i].labels.length + position, 0)]
+  const counts = spec.controls.map(({ labels }) => labels.length)
+  const frameAt = (at) => spec.frames[at.reduce((n, position, i) => n * counts[i] + position, 0)]
   if (spec.html) return (at) => (view.innerHTML = spec.html[frameAt(at)])
   const picture = view.querySelector('img')
   const load = () => spec.pictures.forEach((name) => (new Image().src = spec.folder + name))
