@@ -340,3 +340,24 @@ def test_a_computed_explorer_has_the_numbers_of_the_lesson(site, browser, explor
         assert same(numbers, expected(spec['data'], **values)), (values, numbers)
     assert not wrong and page.locator(f'#{cell}-live .numbers').text_content()
     page.close()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
+def test_marks_follow_the_pointer_and_arrow_keys(site, browser):
+    page = browser.new_page()
+    page.goto((site / '01_router.html').as_uri())
+    mark = page.get_by_role('slider', name='logit of expert 4')
+    mark.scroll_into_view_if_needed()
+    box, logit = mark.bounding_box(), "document.getElementById('explorer-live').numbers.logits[4]"
+    x, y = box['x'] + box['width'] / 2, box['y'] + box['height'] / 2
+    before = page.evaluate(logit)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y - 50)
+    page.mouse.up()
+    page.mouse.move(x, y)
+    dragged = page.evaluate(logit)
+    assert dragged > before + 1
+    page.keyboard.press('ArrowDown')
+    assert page.evaluate(logit) == pytest.approx(dragged - 0.1)
+    page.close()

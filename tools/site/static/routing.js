@@ -49,7 +49,7 @@ computed['01_router/explorer'] = {
         state.logits[e] = Math.round(20 * bounded(value, -3, 3)) / 20
         again()
       }
-      draggable(mark, `logit of expert ${e}`, logit, {
+      draggable(mark, `logit of expert ${e}`, logit.toFixed(2), {
         moveTo: (_, y) => move(left.valueY(y)),
         step: (dx, dy) => move(logit + (dx + dy) / 10),
       })
@@ -108,7 +108,7 @@ computed['01_router/walk-picture'] = {
         to.forEach((value, k) => (point[k] = Math.round(20 * bounded(value, -2.9, 2.9)) / 20))
         again()
       }
-      draggable(mark, label, point.join(', '), {
+      draggable(mark, label, point.map((value) => value.toFixed(2)).join(', '), {
         moveTo: (px, py) => move([plane.valueX(px), plane.valueY(py)]),
         step: (dx, dy) => move([point[0] + dx / 10, point[1] + dy / 10]),
       })
