@@ -44,7 +44,9 @@ const controlKinds = {
     return [element('div', {}, element('label', { for: id }, label), input), set]
   },
   text({ label, labels, id }) {
-    const input = element('input', { type: 'text', value: labels[0], disabled: '', id })
+    const lines = labels[0].split('\n').length
+    const input = element(lines > 1 ? 'textarea' : 'input', { rows: lines, disabled: '', id })
+    input.value = labels[0]
     return [element('div', { class: 'wide' }, element('label', { for: id }, label), input), () => {}]
   },
 }
