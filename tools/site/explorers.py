@@ -17,20 +17,20 @@ def explorers(notebooks: dict[str, dict], named: list[str], folder: Path) -> dic
     explorers/ in `folder`.
     """
     html = {place: computed_explorer(notebooks, *place, folder) for place in computed.EXPLORERS}
-    cells = {name: explorers_of(notebooks[name]) for name in named}
-    left = {
-        name: {c: box for c, box in boxes.items() if (name, c) not in html} for name, boxes in cells.items()
-    }
-    for name, recording in recordings(
-        notebooks, {name: boxes for name, boxes in left.items() if boxes}
-    ).items():
+    cells = {}
+    for name in named:
+        found = {cell: box for cell, box in explorers_of(notebooks[name]).items() if (name, cell) not in html}
+        if found:
+            cells[name] = found
+    for name, recording in recordings(notebooks, cells).items():
         shutil.copytree(recording, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.json'))
-        for cell in left[name]:
-            spec = json.loads((recording / f'{cell}.json').read_text()) | {
-                'folder': f'explorers/{name}/{cell}/'
-            }
-            html[name, cell] = explorer(cell, spec, first_view(cell, spec))
+        html |= {(name, cell): recorded_explorer(recording, name, cell) for cell in cells[name]}
     return html
+
+
+def recorded_explorer(recording: Path, name: str, cell: str) -> str:
+    spec = json.loads((recording / f'{cell}.json').read_text()) | {'folder': f'explorers/{name}/{cell}/'}
+    return explorer(cell, spec, first_view(cell, spec))
 
 
 def computed_explorer(notebooks: dict[str, dict], name: str, cell: str, folder: Path) -> str:

@@ -113,27 +113,21 @@ function legend(parent, left, top, width, names, colors) {
 }
 
 // A mark that the pointer and arrow keys move: `moveTo(x, y)` gets pixels of the drawing, `step(dx, dy)` the
-// direction of a key. The window follows the pointer, since each move draws the marks anew.
+// direction of a key. The view captures the pointer, since each move draws the marks anew.
 function draggable(mark, label, value, { moveTo, step }) {
   const role = { role: 'slider', tabindex: 0, 'aria-label': label }
   const now = { 'aria-valuetext': value, 'aria-valuenow': Number.parseFloat(value) }
   for (const [key, word] of Object.entries({ ...role, ...now })) mark.setAttribute(key, word)
   mark.style.cursor = 'grab'
-  mark.style.touchAction = 'none'
+  mark.addEventListener('touchstart', (event) => event.preventDefault()) // the page does not scroll
   mark.addEventListener('pointerdown', (down) => {
     const view = mark.ownerSVGElement.parentElement
-    const follow = (event) => {
+    view.setPointerCapture(down.pointerId)
+    view.onpointermove = (event) => {
       const box = view.getBoundingClientRect()
       moveTo(event.clientX - box.left, event.clientY - box.top)
     }
-    const release = () => {
-      window.removeEventListener('pointermove', follow)
-      window.removeEventListener('pointerup', release)
-      window.removeEventListener('pointercancel', release)
-    }
-    window.addEventListener('pointermove', follow)
-    window.addEventListener('pointerup', release)
-    window.addEventListener('pointercancel', release)
+    view.onpointerup = view.onpointercancel = () => (view.onpointermove = null)
     down.preventDefault()
     mark.focus()
   })
