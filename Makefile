@@ -12,7 +12,7 @@ help:
 	@echo 'make train   install into .venv (2 GB), prepare text, train the preset onboard and generate text (minutes)'
 	@echo 'make test    install the same, then run every notebook and test'
 	@echo 'make lab     install the same, prepare the text for the lessons, then open the course in JupyterLab'
-	@echo 'make site    install the same, then build the course and an API reference as web pages in _site'
+	@echo 'make site    install the same, then build the course and an API reference as web pages in _site (minutes)'
 	@echo 'make cuda    run GPU tests and benchmarks (ARGS=--dry: try it on the CPU)'
 	@echo 'make clean   remove .venv, data, out, _site and build files'
 
@@ -42,6 +42,7 @@ lab: .venv/installed
 
 site: .venv/installed
 	@$(BIN)/nbdev_export
+	@for name in onboard numbers; do test -f data/$$name/manifest.json || $(BIN)/python -m nanomoe.data $$name; done
 	@$(BIN)/python tools/site/build.py
 
 cuda:

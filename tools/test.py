@@ -21,23 +21,7 @@ BIN = Path(sys.executable).parent
 sys.path.insert(0, str(ROOT / 'tests'))
 
 from exercises import with_checks  # noqa: E402
-
-
-def copy_of_the_project(folder: Path) -> Path:
-    """This project in another folder, by links, with no more data than `make lab` prepares.
-
-    Its folder of notebooks.
-    """
-    for path in ROOT.iterdir():
-        if path.name not in ('.git', 'nbs', 'data', 'out'):
-            (folder / path.name).symlink_to(path)
-    (folder / 'data').mkdir()
-    for name in ('onboard', 'numbers'):
-        (folder / 'data' / name).symlink_to(ROOT / 'data' / name)
-    (folder / 'nbs').mkdir()
-    for path in (ROOT / 'nbs').iterdir():
-        (folder / 'nbs' / path.name).symlink_to(path)
-    return folder / 'nbs'
+from project_copy import copy_of_the_project  # noqa: E402
 
 
 def check_notebook(path: Path) -> bool:

@@ -1,6 +1,10 @@
 """Build the course as a static site: a page for each notebook of nbs/, and an API reference from docstrings.
 
-    python tools/site/build.py [FOLDER]     # _site if no folder is named
+    python tools/site/build.py [FOLDER [NOTEBOOK...]]     # _site if no folder is named
+
+Explorers work in the pages: some are calculated there, and for the others the notebooks are run and
+what they show is recorded. With NOTEBOOK, such as 11_parallel, only those are recorded; explorers of the rest
+stay still pictures.
 
 Sphinx, MyST-NB and Furo: notebooks are rendered as CommonMark with their stored outputs, and all scripts
 and styles are in the wheels, so neither building nor reading needs a network (MyST's own builder downloads
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from check import problems_of
+from record import EXPLORER, source
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -31,10 +36,6 @@ class Group(NamedTuple):
 
     title: str
     pages: list[tuple[str, str]]
-
-
-def source(cell: dict) -> str:
-    return ''.join(cell['source'])
 
 
 def read_notebooks(folder: Path) -> dict[str, dict]:
@@ -65,8 +66,10 @@ def course_map(notebooks: dict[str, dict]) -> list[Group]:
     return [*groups, Group('More', more + rest)]
 
 
-def as_page(cell: dict) -> dict | None:
+def as_page(cell: dict, explorer: str | None) -> dict | None:
     """A cell as the site shows it, None for a cell that only the notebook needs.
+
+    The HTML of an `explorer` takes the place of its still picture, or stands below another cell's output.
 
     Lines of directives go, and so does hidden code; what it printed or drew stays. Imports and code that
     JupyterLab shows folded are folded.
@@ -85,6 +88,10 @@ def as_page(cell: dict) -> dict | None:
         tags.append('hide-input')
     if {'export', 'exporti'} & set(directives):
         tags.append('export')
+    if explorer:
+        kept = [o for o in cell['outputs'] if o['output_type'] == 'stream' or not EXPLORER.search(text)]
+        html = {'output_type': 'display_data', 'metadata': {}, 'data': {'text/html': explorer}}
+        cell = cell | {'outputs': [*kept, html]}
     described = {'mystnb': {'image': {'alt': cell['id'].replace('-', ' ')}}}
     return cell | {'source': text, 'metadata': {'tags': tags} | described}
 
@@ -103,10 +110,10 @@ def page_links(text: str) -> str:
     return re.sub(r'\[([^\]]*)\]\(\.\./([^)]*)\)', linked, text)
 
 
-def as_sources(notebooks: dict[str, dict], folder: Path) -> dict[str, str]:
+def as_sources(notebooks: dict[str, dict], live: dict[tuple[str, str], str], folder: Path) -> dict[str, str]:
     """Write what Sphinx reads: the notebooks, with the course map in the front page, and pages of the API.
 
-    The labels of the notebooks.
+    `live` is the HTML of explorers by notebook and cell. Returns the labels of the notebooks.
     """
     groups = course_map(notebooks)
     modules = {}
@@ -115,7 +122,8 @@ def as_sources(notebooks: dict[str, dict], folder: Path) -> dict[str, str]:
         if exported and not exported[1].startswith('_'):
             modules[exported[1]] = name
     for name, notebook in notebooks.items():
-        page = notebook | {'cells': [made for cell in notebook['cells'] if (made := as_page(cell))]}
+        cells = [as_page(cell, live.get((name, cell['id']))) for cell in notebook['cells']]
+        page = notebook | {'cells': [cell for cell in cells if cell]}
         if name == 'index':
             (shown,) = [cell for cell in page['cells'] if 'film.gif' in cell['source']]
             shown['source'] = re.sub(r'!\[.*\]\(assets/film.gif\)', lambda _: film(), shown['source'])
@@ -231,8 +239,12 @@ def png(figure, dpi: int) -> bytes:
     return out.getvalue()
 
 
-def build(out: Path) -> list[str]:
-    "Build the site into a folder, replacing what is there; what is wrong with its links and requests."
+def build(out: Path, recorded: list[str]) -> list[str]:
+    """Build the site into a folder, replacing what is there, with explorers of the `recorded` notebooks.
+
+    Returns what is wrong with its links and requests.
+    """
+    from explorers import explorers
     from sphinx.application import Sphinx
 
     if out.exists() and not (out / '.buildinfo').exists():
@@ -247,7 +259,9 @@ def build(out: Path) -> list[str]:
         sources, made, extra = (Path(folder, name) for name in ('sources', 'made', 'extra'))
         for path in (sources, extra / 'notebooks'):
             path.mkdir(parents=True)
-        labels = {name: label for name, label in as_sources(notebooks, sources).items() if label[0].isdigit()}
+        live = explorers(notebooks, recorded or list(notebooks), extra / 'explorers')
+        every = as_sources(notebooks, live, sources)
+        labels = {name: label for name, label in every.items() if label[0].isdigit()}
         for path in (ROOT / 'nbs').glob('*.ipynb'):
             shutil.copy(path, extra / 'notebooks')
         (extra / 'favicon.png').write_bytes(draw_icon())
@@ -275,6 +289,6 @@ def build(out: Path) -> list[str]:
 
 if __name__ == '__main__':
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / '_site'
-    problems = build(out)
+    problems = build(out, sys.argv[2:])
     print(f'{os.path.relpath(out)}: {len(list(out.rglob("*.html")))} pages, {len(problems)} problems')
     sys.exit('\n'.join(problems) or None)

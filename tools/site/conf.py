@@ -6,7 +6,7 @@ import inspect
 import re
 from pathlib import Path
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, raw
 from docutils.nodes import title as title_node
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.pycode import ModuleAnalyzer
@@ -38,6 +38,7 @@ html_static_path = ['static']
 templates_path = ['templates']
 html_css_files = ['course.css']
 html_js_files = ['course.js']
+EXPLORER_SCRIPTS = ['drawing.js', 'routing.js', 'sizes.js', 'explorers.js']  # in this order
 COLORS = {
     'color-brand-primary': '#0072b2',  # expert 0
     'color-brand-content': 'var(--color-brand-primary)',
@@ -78,6 +79,13 @@ def page_context(app, name, template, context, doctree):
         if place < len(order):
             link = app.builder.get_relative_uri(name, order[place])
             context[way] = {'title': app.env.titles[order[place]].astext(), 'link': link}
+
+
+def explorer_scripts(app, name, template, context, doctree):
+    "Pages with explorers load the scripts that make them work."
+    if doctree and any('class="explorer"' in node.astext() for node in doctree.findall(raw)):
+        for script in EXPLORER_SCRIPTS:
+            app.add_js_file(script, loading_method='defer')
 
 
 def constant(match: re.Match) -> str:
@@ -132,4 +140,5 @@ def setup(app):
     app.connect('autodoc-process-signature', signature)
     app.connect('env-updated', number_titles)
     app.connect('html-page-context', page_context)
+    app.connect('html-page-context', explorer_scripts)
     app.add_html_math_renderer('mathml', (mathml, None), (mathml, None))
