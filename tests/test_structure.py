@@ -309,7 +309,7 @@ def test_main_is_the_last_that_a_notebook_exports(path):
 
 # Lines of exported cells with no cell between that runs them, where one definition has more than 60
 STRETCHES = {
-    '33_command_line': 75,  # the help of each program
+    '33_command_line': 82,  # the help of each program
     '30_config': 72,  # a dataclass
     '35_dataset': 63,  # a class
     '37_data': 65,  # a function, twice
