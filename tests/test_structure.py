@@ -161,6 +161,7 @@ def test_the_core_install_works_or_says_what_it_lacks(tmp_path):
         'data {}/rows.jsonl --tokenizer=chars --out {}/j': '',
         f'train tiny {quick} {{}}/run --dataset {{}}/n': '',
         'sample {}/run --max_new_tokens=3': '',
+        'prune {}/run --keep=3 --n=2 --out_dir {}/pruned': '',
         'bench write --preset=tiny --repeats=1': '',
         'pretrained --help': '',
         'data onboard --out {}/o': 'tokenizers data',
