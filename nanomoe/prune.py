@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Importance', 'layer_sums', 'expert_importance', 'check_prunable', 'most_important', 'with_experts', 'prune_experts',
            'reordered', 'match_units', 'homes', 'merged', 'merge_experts', 'quantize', 'dequantize', 'QuantizedExperts',
-           'quantize_experts', 'expert_bytes', 'run_settings', 'write_run', 'Pruning', 'main']
+           'quantize_experts', 'expert_bytes', 'run_settings', 'check_new', 'write_run', 'Pruning', 'main']
 
 # %% ../nbs/28_prune.ipynb #imports
 import copy, json, sys
@@ -24,7 +24,7 @@ from .experts import Experts, MoE, expert_mlp
 from .files import resolve
 from .model import GPT, moe_layers
 from .parallel import DistContext, find_device
-from .pretrained import kind_of, load_run, run_folder
+from .pretrained import check_tokenizer, kind_of, load_run, run_folder
 from .router import Routing
 from .train import Trainer, routed_text
 
@@ -143,6 +143,7 @@ def merged(experts: Experts, group: list[int], weights: Tensor, match: bool) -> 
     "The arrays of one expert: the weighted mean of a group, hidden units matched with those of its first."
     first, *others = [{name: p[e] for name, p in experts.named_parameters()} for e in group]
     arrays = [first] + [reordered(b, match_units(first, b)) if match else b for b in others]
+    weights = weights.clamp(min=1e-9)  # experts that no token has chosen
     shares = (weights / weights.sum()).to(first['c_fc'])
     return {name: sum(share * a[name] for share, a in zip(shares, arrays)) for name in first}
 
@@ -170,8 +171,12 @@ def quantize(w: Tensor, bits: int = 8, group: int | None = None) -> tuple[Tensor
     """Weights (E, in, out) as whole numbers (E, groups, group, out) and their scales (E, groups, 1, out).
 
     The weights of an output are divided into groups of `group` inputs, by default one of all; the largest of
-    a group becomes 2^(bits - 1) - 1.
+    a group becomes 2^(bits - 1) - 1. Raises `ValueError` for other than 2 to 8 bits and uneven groups.
     """
+    if not 2 <= bits <= 8:
+        raise ValueError(f'bits must be from 2 to 8, got {bits}')
+    if group is not None and w.size(1) % group:
+        raise ValueError(f'group must divide the {w.size(1)} inputs, got {group}')
     w = w.unflatten(1, (-1, group or w.size(1)))
     scale = w.abs().amax(2, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
     return (w / scale).round().to(torch.int8), scale
@@ -236,10 +241,15 @@ def run_settings(run: str) -> TrainConfig:
         raise BadInput(f'{path} holds no settings: {e}') from None
 
 
-def write_run(model: GPT, source: str, out_dir: str) -> dict:
-    "Write the model as a new run, at step 0 of a training like that of `source`; its validation figures."
+def check_new(out_dir: str):
+    "Raise `BadInput` if there is such a folder already."
     if resolve(out_dir).exists():
         raise BadInput(f'out_dir must be a new folder, got {out_dir}')
+
+
+def write_run(model: GPT, source: str, out_dir: str) -> dict:
+    "Write the model as a new run, at step 0 of a training like that of `source`; its validation figures."
+    check_new(out_dir)
     own = dict(out_dir=str(out_dir), init_from='scratch', allow_changed=None)
     one_process = dict(expert_parallel=1, shard=False, compile=False, eval_only=False)
     cfg = replace(run_settings(source), **own, **one_process)
@@ -278,9 +288,11 @@ def main(argv: list[str] | None = None):
             raise BadInput('give a run and a new folder, such as out/onboard --out_dir out/pruned')
         if p.n < 1:
             raise BadInput(f'n must be at least 1, got {p.n}')
+        check_new(p.out_dir)
         cfg, model = run_settings(source), load_run(source).to(find_device(p.device)).eval()
         check_prunable(model.cfg, p.keep)
         text, T = TokenDataset(cfg.dataset, 'train'), model.cfg.block_size
+        check_tokenizer(source, text.folder)
         importance = expert_importance(model, batch_at(text, sample_sequences(text, T, p.n), T).x)
         if p.method == 'merge':
             small = merge_experts(model, importance, p.keep)

@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from nanomoe import evaluate, prune, report, sample, train
+from nanomoe import data, evaluate, prune, report, sample, train
 from nanomoe.command_line import parse
 from nanomoe.config import BadInput, ModelConfig
 from nanomoe.data import prepare_missing
@@ -97,6 +98,33 @@ def test_models_that_cannot_be_pruned_are_named(options, sentence):
     model = GPT(ModelConfig(vocab_size=20, n_layer=1, n_embd=16, n_head=2, moe_every=1, **options))
     with pytest.raises(BadInput, match=sentence):
         prune.prune_experts(model, torch.rand(1, 8), 2)
+
+
+def test_experts_without_a_token_are_removed_first_and_merge_into_nothing():
+    cfg = ModelConfig(vocab_size=20, n_layer=1, n_embd=16, n_head=2, moe_every=1, n_experts=6)
+    model = GPT(cfg).eval()
+    used = torch.tensor([[0.6, 0.4, 0, 0, 0, 0]])
+    importance = prune.Importance(used, 3 * used, torch.rand(1, 6, 6))
+    for keep in (2, 4):
+        for small in (
+            prune.prune_experts(model, importance.reap, keep),
+            prune.merge_experts(model, importance, keep),
+        ):
+            assert all(p.isfinite().all() for p in small.parameters())
+    merged = prune.merge_experts(model, importance, 2).h[0].mlp.experts.c_fc
+    torch.testing.assert_close(merged, model.h[0].mlp.experts.c_fc[:2], atol=1e-6, rtol=0)
+
+
+def test_a_run_on_another_vocabulary_is_named(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / 'copy')
+    settings = json.loads((copy / 'config.json').read_text())
+    (copy / 'config.json').write_text(json.dumps(settings | {'dataset': str(tmp_path / 'other')}))
+    (tmp_path / 'text.txt').write_text('Experts read what routers send.\n' * 300)
+    data.main([str(tmp_path / 'text.txt'), '--tokenizer=chars', '--out', str(tmp_path / 'other')])
+    with pytest.raises(SystemExit) as stopped:
+        prune.main([str(copy), '--keep=3', f'--out_dir={tmp_path}/new'])
+    assert stopped.value.code == 2
+    assert 'was tokenized with a different vocabulary' in capsys.readouterr().err
 
 
 def test_llama_cpp_knows_every_tensor_of_an_export(trained, tmp_path):
