@@ -409,6 +409,13 @@ The same command again resumes the run in --out_dir from its last checkpoint."""
   python -m nanomoe.evaluate out/onboard --n 1000
   python -m nanomoe.evaluate --tasks_out tasks  # the same items for lm-eval""",
     ),
+    'prune': Program(
+        'RUN --out_dir DIR [--OPTION VALUE ...]',
+        'remove experts of a trained model, or merge them',
+        """
+  python -m nanomoe.prune out/onboard --keep 6 --out_dir out/pruned
+  python -m nanomoe.prune out/onboard --keep 4 --method merge --out_dir out/merged""",
+    ),
     'viz': Program(
         """{experts,curve,report} RUN [--out FILE]
        python -m nanomoe.viz watch RUN [--port N] [--open=False]
