@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -112,9 +113,7 @@ def record(box, path: str):
         spec['html'] = views
     else:
         spec['pictures'] = [f'{i:02}.png' for i in range(len(views))]
-        spec['size'] = [
-            int.from_bytes(views[0][at : at + 4], 'big') for at in (16, 20)
-        ]  # of the PNG's header
+        spec['size'] = struct.unpack('>2I', views[0][16:24])  # in a PNG's header
         for name, picture in zip(spec['pictures'], views):
             (path / name).write_bytes(picture)
     path.with_suffix('.json').write_text(json.dumps(spec))
