@@ -2,8 +2,8 @@
 
     python -m nanomoe.sample out/onboard --film=True --start '742 in words is' --max_new_tokens 24 \\
         --temperature 0.6 --seed 2
-    cp out/onboard/film.json assets/film.json
-    python tools/animate.py assets/film.json assets/film.gif
+    cp out/onboard/film.json assets/film.json     # which the site plays
+    python tools/animate.py assets assets/film.gif
 
 Needs chromium on the PATH.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 import PIL.Image
 from playwright.sync_api import sync_playwright
 
-from nanomoe.film import film_html, read_film
-from nanomoe.report import page
-from nanomoe.viz import expert_color, in_palette, text_color
+from nanomoe.film import read_film
+from nanomoe.report import film_of_run, page
+from nanomoe.viz import in_palette
 
 MILLISECONDS = 450  # of a picture
 
@@ -43,11 +43,9 @@ def pictures(film: dict, html: str) -> list[PIL.Image.Image]:
 
 
 def main():
-    source, target = map(Path, sys.argv[1:])
-    film = read_film(source)
-    colors = [expert_color(e) for e in range(film['n_experts'])]
-    html = page('', film_html(film, [(color, text_color(color)) for color in colors]))
-    first, *rest = map(in_palette, pictures(film, html))
+    folder, target = map(Path, sys.argv[1:])
+    html = page('', film_of_run(folder))
+    first, *rest = map(in_palette, pictures(read_film(folder / 'film.json'), html))
     first.save(target, save_all=True, append_images=rest, duration=MILLISECONDS, loop=0, optimize=True)
     print(f'{target}: {1 + len(rest)} pictures, {target.stat().st_size / 1e6:.2f} MB')
 

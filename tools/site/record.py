@@ -151,6 +151,7 @@ def key_of(notebook: dict, cells: dict[str, str]) -> str:
     "Changes with the notebook's code, the explorers to record, the package, the recorded runs and this file."
     parts = [source(cell).encode() for cell in notebook['cells'] if cell['cell_type'] == 'code']
     read = [*(ROOT / 'nanomoe').glob('*.py'), *(ROOT / 'assets' / 'runs').glob('*'), Path(__file__)]
+    read += (ROOT / 'out' / 'onboard').glob('log.jsonl')
     parts += [' '.join(cells).encode(), *(path.read_bytes() for path in sorted(read))]
     return hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16]
 
@@ -192,5 +193,8 @@ def recordings(notebooks: dict[str, dict], cells: dict[str, dict[str, str]]) -> 
     RECORDINGS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as two:
         copy_of_the_project(Path(folder))
+        if (run := ROOT / 'out' / 'onboard').exists():  # the run that the lessons' texts describe
+            (Path(folder) / 'out').mkdir()
+            (Path(folder) / 'out' / 'onboard').symlink_to(run)
         made = two.map(lambda name: record_notebook(Path(folder), name, notebooks[name], cells[name]), cells)
         return dict(zip(cells, made))
