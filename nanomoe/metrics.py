@@ -7,7 +7,7 @@ __all__ = ['EARLIER_FIELDS', 'LISTS', 'AVERAGED', 'WITH_RANGE', 'MOST_PARSED', '
            'Health', 'health', 'by_name', 'Record', 'SpikeDetector', 'read_log', 'log_numbers', 'check_load',
            'merge_lines', 'finite_mean', 'same_shape', 'span_of', 'thin', 'before_newest', 'Bins', 'History', 'Finding',
            'Limits', 'last_lines', 'find_collapse', 'find_drops', 'find_divergence', 'rise', 'finite', 'find_spikes',
-           'find_overfitting', 'seconds_per_step', 'find_state', 'duration', 'diagnose', 'checked']
+           'find_unlearned', 'find_overfitting', 'seconds_per_step', 'find_state', 'duration', 'diagnose', 'checked']
 
 # %% ../nbs/38_metrics.ipynb #imports
 import math, time
@@ -394,7 +394,7 @@ class History:
 
 # %% ../nbs/38_metrics.ipynb #limits
 class Finding(NamedTuple):
-    name: str  # healthy or running, finished, stalled, starting; collapsed, diverging, dropping, …
+    name: str  # healthy or running, finished, stalled, starting; collapsed, diverging, unlearned, …
     title: str
     reason: str
     ill: bool = False
@@ -514,6 +514,20 @@ def find_spikes(recent: Sequence[dict]) -> Finding | None:
     reason = f'{spikes} loss spikes since step {recent[0]["step"]:,}: losses far above the usual ones.'
     return Finding('unstable', 'Loss spikes', reason, True)
 
+# %% ../nbs/38_metrics.ipynb #validation-findings
+def find_unlearned(rows: Sequence[dict], max_iters: int | None) -> Finding | None:
+    "Two last evaluations no better than a unigram model, after a tenth of the run."
+    last = finite(finite(rows, 'val_ce'), 'val_unigram_ce')[-2:]
+    better = any(row['val_ce'] < row['val_unigram_ce'] for row in last)
+    if len(last) < 2 or last[0]['step'] < (max_iters or 0) / 10 or better:
+        return None
+    reason = (
+        f'At step {last[1]["step"]:,} the validation loss is {last[1]["val_ce"]:.3f} nats per token. To know '
+        f'only how frequent each token is would give {last[1]["val_unigram_ce"]:.3f}. The learning rate may '
+        'be far too high or too low.'
+    )
+    return Finding('unlearned', 'Not learning', reason, True)
+
 
 def find_overfitting(rows: Sequence[dict]) -> Finding | None:
     "A validation loss above its best, in the last two evaluations."
@@ -574,7 +588,13 @@ def diagnose(
         return [state]
     lines = last_lines(recent, len(rows))
     rising = find_divergence(rows, lines)
-    found = [rising, find_collapse(lines), find_drops(lines), find_spikes(recent)]
+    found = [
+        rising,
+        find_collapse(lines),
+        find_drops(lines),
+        find_spikes(recent),
+        find_unlearned(rows, max_iters),
+    ]
     ill = [finding for finding in (*found, None if rising else find_overfitting(rows)) if finding]
     if not ill and state.name in ('healthy', 'finished'):
         title = 'Healthy' if state.name == 'healthy' else 'Finished, healthy'

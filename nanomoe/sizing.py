@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Layout', 'muon_weights', 'state_bytes', 'kept_bytes', 'copied_bytes', 'activation_bytes', 'step_bytes',
-           'checkpoint_bytes', 'counted', 'duration', 'expected_data', 'timed', 'needs', 'dry_run']
+           'checkpoint_bytes', 'counted', 'expected_data', 'timed', 'needs', 'dry_run']
 
 # %% ../nbs/26_sizing.ipynb #imports
 import dataclasses, os, shutil, time
@@ -19,6 +19,7 @@ from .config import BadInput, ModelConfig, TrainConfig, without_effect
 from .dataset import TokenDataset, dataset_folder, fit_vocabulary, n_sequences
 from .expert_parallel import check_spread
 from .files import resolve
+from .metrics import duration
 from .model import GPT, chunk_rows, flops_per_token, moe_layers
 from .optim import make_optimizer
 from .parallel import DistContext, find_dtype, keep_freed_memory, dist_context, my_micro_batches
@@ -138,16 +139,6 @@ def counted(n: float, unit: str) -> str:
         if n >= 1000**k or k == 0
     )
     return f'{n / size:.3g} {prefix}{unit}'
-
-
-def duration(seconds: float) -> str:
-    "About how long, in the unit that fits."
-    size, unit = next(
-        (s, u)
-        for s, u in ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
-        if seconds >= 2 * s or s == 1
-    )
-    return f'{seconds / size:,.{int(seconds < 10 * size)}f} {unit}'
 
 # %% ../nbs/26_sizing.ipynb #expected-data
 def expected_data(cfg: ModelConfig, dataset: str, tokens: int) -> tuple[ModelConfig, str]:

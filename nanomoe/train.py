@@ -63,15 +63,22 @@ from .terminal import heading, live_line, make_tracker, print_progress, summary
 from .tokenizer import load_tokenizer, token_bytes
 
 # %% ../nbs/09_train.ipynb #validation-figures
-def validation_figures(sums: Tensor, load: Tensor, domains: list[str]) -> dict:
-    "The flat entries of a log line, from nats, targets and bytes (D, 3) and the load (D, L, E)."
+def validation_figures(sums: Tensor, load: Tensor, domains: list[str], tokens: Tensor) -> dict:
+    """The flat entries of a log line, from nats, targets and bytes (D, 3), the load (D, L, E) and how often
+    each token is the target (V,).
+    """
 
     def bits_per_byte(nats, size):
         return nats / math.log(2) / max(size, 1)
 
     nats, targets, size = sums.sum(0).tolist()
+    frequency = tokens[tokens > 0] / targets
     out = dict(
-        val_ce=nats / targets, val_bpb=bits_per_byte(nats, size), val_tokens=int(targets), val_bytes=int(size)
+        val_ce=nats / targets,
+        val_bpb=bits_per_byte(nats, size),
+        val_tokens=int(targets),
+        val_bytes=int(size),
+        val_unigram_ce=-(frequency * frequency.log()).sum().item(),
     )
     for name, (nats, targets, size), counts in zip(domains, sums.tolist(), load):
         if targets:
@@ -93,7 +100,7 @@ def evaluate(
     world: DistContext = DistContext(),
 ) -> dict:
     """Mean cross-entropy in nats and bits per byte on the windows at `starts`, also per domain, with the
-    load.
+    load, and what a unigram model would reach, which knows each token's frequency in this text only.
 
     Every process takes its share of the batches, through the bare model, and all return the same numbers.
     """
@@ -105,6 +112,7 @@ def evaluate(
         D := len(data.domains), 3, dtype=exact, device=world.device
     )  # nats, targets, bytes of each domain
     load = torch.zeros(D, len(moe_layers(cfg)), cfg.n_experts, dtype=exact, device=world.device)
+    tokens = torch.zeros(cfg.vocab_size, dtype=exact, device=world.device)
     batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
 
     def read(n):  # without targets where no batch is left: all compute, as others may need this one's experts
@@ -124,10 +132,11 @@ def evaluate(
             nats = token_losses(hidden.flatten(0, 1), model.wte.weight, y)  # (N,)
         seen = y >= 0
         sums.index_add_(0, domain, torch.stack([nats, seen, lengths[y.clamp(min=0)] * seen], 1).to(exact))
+        tokens.index_add_(0, y.clamp(min=0), seen.to(exact))
         for layer, r in enumerate(routings):
             load[:, layer] += r.counts(seen, domain, D).to(exact)
     model.train(was_training)
-    return validation_figures(all_reduce(sums), all_reduce(load), list(data.domains))
+    return validation_figures(all_reduce(sums), all_reduce(load), list(data.domains), all_reduce(tokens))
 
 # %% ../nbs/09_train.ipynb #trainer-helpers
 def open_data(dataset: str, block_size: int) -> tuple[TokenDataset, TokenDataset]:

@@ -269,7 +269,11 @@ class Viewer:
             raise LookupError(path)
         if name in names or not names and not name:
             if part == 'film':
-                return 'text/html', page('Film of a generated text', film_of_run(self.folder / name))
+                none = (
+                    '<p>No film yet. <code>python -m nanomoe.sample RUN --film=True</code> records one.</p>'
+                )
+                film = film_of_run(self.folder / name) or none
+                return 'text/html', page('Film of a generated text', film)
             return self.live(name).answer(part, step, state)
         if name or part not in ('', 'list'):
             raise LookupError(path)

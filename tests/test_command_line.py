@@ -811,7 +811,6 @@ def test_a_dry_run_of_what_cannot_be_measured():
     large, run = replace(small, n_embd=10**6), TrainConfig(batch_size=4)
     lines = sizing.needs(large, run, DistContext(), torch.float32, accumulated=2)
     assert lines[-1] == 'time        not measured: a step would not fit into memory'
-    assert sizing.duration(30 * 86400) == '30 days'
 
 
 def test_a_dry_run_times_updates_that_have_gradients(monkeypatch):
@@ -884,7 +883,6 @@ def test_a_dry_run_of_an_evaluation_and_beside_other_processes(small_run, tmp_pa
         and 'on 2 processes, cpu, float32' in done.stdout
     )
     assert ' times in the run' in done.stdout and '(holds a run)' in done.stdout
-    assert [sizing.duration(s) for s in (0.25, 90 * 60, 1e6)] == ['0.2 seconds', '90 minutes', '12 days']
 
 
 def test_what_a_dense_model_does_not_use_is_named(tmp_path, capsys):
