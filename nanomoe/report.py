@@ -6,8 +6,8 @@
 __all__ = ['read_history', 'read_rows', 'with_bits', 'follow', 'settings_of', 'Samples', 'samples_of', 'text_row', 'experts_in',
            'SampleHistory', 'read_samples', 'experts_figure', 'health_rows', 'health_figure', 'earlier_run', 'log_time',
            'differences', 'curve_of', 'tabs', 'routed_text', 'img_tag', 'table', 'details', 'kind_of', 'verdict_html',
-           'facts', 'speed_and_load', 'n_experts_of', 'text_over_time', 'text_sections', 'page', 'film_of_run',
-           'report', 'render']
+           'facts', 'speed_and_load', 'n_experts_of', 'text_over_time', 'text_sections', 'continuations',
+           'sections_on_texts', 'page', 'film_of_run', 'report', 'render']
 
 # %% ../nbs/45_report.ipynb #imports
 import base64, json, sys, time
@@ -189,10 +189,11 @@ def text_row(row: dict, n_experts: int = 2**12) -> dict:
     Raises `ValueError` for anything else.
     """
     pieces, ids = row.get('pieces'), np.array(row.get('expert_ids'))
+    written = row.get('prompt', ''), row.get('continuation', '')
     if (
         not isinstance(row.get('domain'), str)
         or not isinstance(pieces, list)
-        or not all(isinstance(p, str) for p in pieces)
+        or not all(isinstance(p, str) for p in (*pieces, *written))
     ):
         raise ValueError('no text')
     gates, kept = np.array(row.get('gates')), row.get('kept') or [None]
@@ -567,6 +568,36 @@ def text_sections(s: Samples, n_experts: int, router: str | None = None) -> dict
         )
     return out
 
+# %% ../nbs/45_report.ipynb #continuations
+def continuations(lines: Sequence[dict], logged: int) -> str:
+    """HTML of how the model continued each domain's text at five evaluations at most, up to the last step in
+    the log.
+
+    Empty where no line has it, as in runs of older versions.
+    """
+    lines = [line for line in lines if line['step'] <= logged and 'continuation' in line]
+    steps, domains = downsample(sorted({line['step'] for line in lines}), 5), {}
+    for line in lines:
+        if line['step'] in steps:
+            domains.setdefault(line['domain'], []).append(line)
+    return render_html(
+        """{% for domain, texts in domains.items() %}<p>{{ domain }}</p>
+        <table class="written"><tr><th>beginning</th><td>{{ texts[-1].prompt }}</td></tr>
+        {%- for line in texts -%}
+        <tr><th>step {{ '{:,}'.format(line.step) }}</th><td>{{ line.continuation }}</td></tr>
+        {%- endfor %}</table>{% endfor %}""",
+        domains=domains,
+    )
+
+
+def sections_on_texts(run: Path, rows: Sequence[dict], settings: dict) -> dict[str, str]:
+    "What the evaluations of a run wrote to samples.jsonl, as sections: HTML by title."
+    samples, logged = SampleHistory(run / 'samples.jsonl'), rows[-1]['step']
+    samples.read(experts_in(rows))
+    text, s = continuations(samples.lines, logged), samples_of(samples.lines, logged)
+    routed = text_sections(s, n_experts_of(s, settings), settings.get('router')) if s else {}
+    return ({'What the model writes': text} if text else {}) | routed
+
 # %% ../nbs/45_report.ipynb #page
 def page(title: str, body: str) -> str:
     "A whole HTML page, light or dark as the reader's system is."
@@ -589,6 +620,7 @@ img { border-radius: 6px }
 table { display: block; overflow-x: auto }
 th { text-align: left; padding-right: 2em; font-weight: normal; opacity: .7 }
 td { font-variant-numeric: tabular-nums }
+.written th { white-space: nowrap; vertical-align: top } .written td { white-space: pre-wrap }
 h1 { margin: 0 0 .4em; font-size: 1.5em }
 h2 { margin: 1.6em 0 .3em; font-size: 1.15em }
 p { margin: .3em 0; opacity: .75 }
@@ -645,8 +677,7 @@ def report(run: str | Path) -> str:
     if health_rows(rows):
         sections['Health'] = img_tag(health_figure(rows), 'health of the layers')
     sections |= {'Film of a generated text': film} if (film := film_of_run(run)) else {}
-    if s := read_samples(run, rows):
-        sections |= text_sections(s, n_experts_of(s, settings), settings.get('router'))
+    sections |= sections_on_texts(run, rows, settings)
     sections['Settings'] = details(f'{len(settings)} options', table(settings.items()))
     return page(
         run.resolve().name,
@@ -670,6 +701,7 @@ _captions = {
     'The text over time': 'The same text at some evaluations, by the first choice of the last MoE layer.',
     'Health': 'Entropy at ln E (dotted) means an undecided router; at margin 0 a rounding error changes '
     'the routing.',
+    'What the model writes': 'Temperature 0.8, the same random numbers at each evaluation.',
     'Text by expert': 'A token has the color of its first choice, paler for a smaller gate, struck '
     'through if dropped. Hover to see all K experts.',
     'Kinds of tokens': 'Tokens of the text above by kind; 1 means a kind uses an expert as often as the '

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['validation_figures', 'evaluate', 'open_data', 'mean', 'RunState', 'SharedRun', 'MicroBatches', 'Counts', 'TrainStep',
-           'fingerprint', 'check_same_run', 'RunFolder', 'Saving', 'Checkpoints', 'SafeRun', 'routed_text', 'Logged',
-           'Trainer', 'train', 'train_all', 'run_cli', 'exit_process', 'main']
+           'fingerprint', 'check_same_run', 'RunFolder', 'Saving', 'Checkpoints', 'SafeRun', 'continued', 'routed_text',
+           'Logged', 'Trainer', 'train', 'train_all', 'run_cli', 'exit_process', 'main']
 
 # %% ../nbs/09_train.ipynb #imports
 import dataclasses, gc, importlib.util, json, math, os, shlex, subprocess, sys, threading, time
@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import checkpoint
@@ -684,14 +685,37 @@ class SafeRun(Checkpoints):
 
 # %% ../nbs/09_train.ipynb #samples
 @torch.no_grad()
-def routed_text(run: RunState, length: int = 128) -> Iterator[dict]:
-    """The beginning of each domain's validation text and where each layer sent its pieces, as lines of
-    samples.jsonl.
+def continued(run: RunState, ids: Tensor, n_tokens: int = 32) -> Tensor:
+    """The tokens with which the model continues ids (D, T): (D, n_tokens), at temperature 0.8.
+
+    The same random numbers every time, so that only the weights make a difference; a model of NaN raises no
+    error.
+    """
+    cfg, generator = run.model_cfg, torch.Generator(ids.device).manual_seed(0)
+    T, n_vocab = ids.size(1), load_tokenizer(run.val.folder).n_vocab
+    for _ in range(n_tokens):
+        with run.autocast:
+            x = run.model.hidden(ids[:, -cfg.block_size :])[0][:, -1]
+            logits = F.linear(x, run.model.wte.weight)[:, :n_vocab].float()
+        chance = torch.rand(logits.shape, generator=generator, device=ids.device)
+        drawn = logits / 0.8 - chance.log().neg().log()  # Gumbel: its maximum is a draw from the softmax
+        ids = torch.cat([ids, drawn.argmax(-1, keepdim=True)], 1)
+    return ids[:, T:]
+
+
+@torch.no_grad()
+def routed_text(run: RunState, length: int = 128, prompt: int = 24) -> Iterator[dict]:
+    """The beginning of each domain's validation text, where each layer sent its pieces, and how the model
+    continues the first `prompt` tokens, as lines of samples.jsonl.
     """
     tokenizer, n = load_tokenizer(run.val.folder), min(length, run.model_cfg.block_size)
+    texts = {
+        domain: run.val.read(start, min(start + n, end)) for domain, (start, end) in run.val.domains.items()
+    }
     run.model.eval()
-    for domain, (start, end) in run.val.domains.items():
-        ids = run.val.read(start, min(start + n, end))
+    starts = [ids[: min(prompt, *map(len, texts.values()))] for ids in texts.values()]
+    more = continued(run, torch.tensor(np.stack(starts), device=run.world.device)).tolist()
+    for (domain, ids), start, continuation in zip(texts.items(), starts, more):
         with run.autocast:
             routings = run.model.hidden(torch.from_numpy(ids)[None].to(run.world.device))[1]
         pieces = [tokenizer.decode_single_token_bytes(i).decode('utf-8', 'replace') for i in ids.tolist()]
@@ -699,6 +723,8 @@ def routed_text(run: RunState, length: int = 128) -> Iterator[dict]:
             step=run.step,
             domain=domain,
             text=tokenizer.decode(ids.tolist()),
+            prompt=tokenizer.decode(start.tolist()),
+            continuation=tokenizer.decode(continuation),
             pieces=pieces,
             ids=ids.tolist(),
             expert_ids=[r.expert_ids.tolist() for r in routings],

@@ -8,6 +8,7 @@ __all__ = ['charts_html', 'verdict_on', 'text_html', 'link_to_film', 'Live', 'ru
 
 # %% ../nbs/48_watch.ipynb #imports
 import ipaddress, json, os, re, socket, sys, threading, time, webbrowser
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,7 @@ from .files import print_status, resolve
 from .metrics import Finding, History, diagnose, duration, seconds_per_step
 from nanomoe.report import (
     SampleHistory,
-    Samples,
+    continuations,
     differences,
     earlier_run,
     experts_in,
@@ -102,10 +103,14 @@ def verdict_on(history: History, rows: list[dict], settings: dict) -> list[Findi
     return diagnose(rows, history.recent(), settings.get('max_iters'), time.time() - log.st_mtime)
 
 
-def text_html(s: Samples, settings: dict) -> str:
-    "The text of the last evaluation, and how its routing changed."
+def text_html(lines: Sequence[dict], settings: dict) -> str:
+    "What the model writes, the routed text of the last evaluation, and how its routing changed."
+    if text := continuations(lines, logged := lines[-1]['step']):
+        text = '<h2>What the model writes</h2>' + text
+    if not (s := samples_of(lines, logged)):
+        return text
     n_experts = n_experts_of(s, settings)
-    text = routed_text(s.lines, n_experts)
+    text += routed_text(s.lines, n_experts)
     if len(s.steps) > 1 and settings.get('router') != 'expert_choice':
         text += '<h2>The text over time</h2>' + text_over_time(s, n_experts)
     return text
@@ -170,10 +175,11 @@ class Live:
 
     def text(self, rows: list[dict], settings: dict, step: int) -> tuple[str, str] | None:
         self.samples.read(experts_in(rows), 1.0)
-        s = samples_of(self.samples.lines, rows[-1]['step'])
-        if not s or s.steps[-1] == step:
+        lines = [line for line in self.samples.lines if line['step'] <= rows[-1]['step']]
+        newest = max((line['step'] for line in lines), default=step)
+        if newest == step:
             return None
-        return 'application/json', json.dumps(dict(step=s.steps[-1], text=text_html(s, settings)))
+        return 'application/json', json.dumps(dict(step=newest, text=text_html(lines, settings)))
 
 # %% ../nbs/48_watch.ipynb #runs
 _list = """<p id="state"></p><div id="runs">{{ runs|safe }}</div>
