@@ -710,7 +710,9 @@ def routed_text(run: RunState, length: int = 128, prompt: int = 24) -> Iterator[
     """
     tokenizer, n = load_tokenizer(run.val.folder), min(length, run.model_cfg.block_size)
     texts = {
-        domain: run.val.read(start, min(start + n, end)) for domain, (start, end) in run.val.domains.items()
+        domain: run.val.read(start, min(start + n, end))
+        for domain, (start, end) in run.val.domains.items()
+        if end > start
     }
     run.model.eval()
     starts = [ids[: min(prompt, *map(len, texts.values()))] for ids in texts.values()]

@@ -175,6 +175,7 @@ DAMAGE = {
         json.dumps(text(5) | {'gates': [['x']]}),
         json.dumps(text(5) | {'domain': 3}),
         json.dumps(text(5) | {'kept': [[1], [2]]}),
+        json.dumps(text(5) | {'continuation': 3}),
     ],
 }
 
