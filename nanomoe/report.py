@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['read_history', 'read_rows', 'with_bits', 'follow', 'settings_of', 'Samples', 'samples_of', 'text_row', 'experts_in',
-           'SampleHistory', 'read_samples', 'experts_figure', 'health_rows', 'health_figure', 'earlier_run', 'log_time',
-           'differences', 'curve_of', 'tabs', 'routed_text', 'img_tag', 'table', 'details', 'kind_of', 'verdict_html',
-           'facts', 'speed_and_load', 'n_experts_of', 'text_over_time', 'text_sections', 'continuations',
-           'sections_on_texts', 'page', 'film_of_run', 'report', 'render']
+           'SampleHistory', 'sample_lines', 'read_samples', 'experts_figure', 'health_rows', 'health_figure',
+           'earlier_run', 'log_time', 'differences', 'curve_of', 'tabs', 'routed_text', 'img_tag', 'table', 'details',
+           'kind_of', 'verdict_html', 'facts', 'speed_and_load', 'n_experts_of', 'text_over_time', 'text_sections',
+           'continuations', 'sections_on_texts', 'page', 'film_of_run', 'report', 'render']
 
 # %% ../nbs/45_report.ipynb #imports
 import base64, json, sys, time
@@ -241,15 +241,20 @@ class SampleHistory:
                 return
 
 
+def sample_lines(run: Path, rows: Sequence[dict]) -> list[dict]:
+    "The lines of a run's samples.jsonl up to the last of its log's rows."
+    samples = SampleHistory(run / 'samples.jsonl')
+    samples.read(experts_in(rows))
+    return [line for line in samples.lines if line['step'] <= rows[-1]['step']]
+
+
 def read_samples(run: Path, rows: Sequence[dict] | None = None) -> Samples | None:
     """A run's routed texts, from its samples.jsonl, up to the last row of its log.
 
     `rows` is that log, if it has been read already.
     """
     rows = rows or read_rows(run / 'log.jsonl')
-    samples = SampleHistory(run / 'samples.jsonl')
-    samples.read(experts_in(rows))
-    return samples_of(samples.lines, rows[-1]['step'])
+    return samples_of(sample_lines(run, rows), rows[-1]['step'])
 
 # %% ../nbs/45_report.ipynb #run-figure
 def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
@@ -592,9 +597,8 @@ def continuations(lines: Sequence[dict], logged: int) -> str:
 
 def sections_on_texts(run: Path, rows: Sequence[dict], settings: dict) -> dict[str, str]:
     "What the evaluations of a run wrote to samples.jsonl, as sections: HTML by title."
-    samples, logged = SampleHistory(run / 'samples.jsonl'), rows[-1]['step']
-    samples.read(experts_in(rows))
-    text, s = continuations(samples.lines, logged), samples_of(samples.lines, logged)
+    lines, logged = sample_lines(run, rows), rows[-1]['step']
+    text, s = continuations(lines, logged), samples_of(lines, logged)
     routed = text_sections(s, n_experts_of(s, settings), settings.get('router')) if s else {}
     return ({'What the model writes': text} if text else {}) | routed
 
