@@ -624,7 +624,7 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
         kinds = dict(layer=layer, step=step, scale=scale, write=write, data=data, parallel=parallel)
-        b = from_command_line(Bench, Bench(), argv[bool(subcommand(argv, kinds, 'bench')) :], 'bench')
+        b = from_command_line(Bench(), argv[bool(subcommand(argv, kinds, 'bench')) :], 'bench')
         check_bench(b, argv[0])
         prepare_process(b)
         rows = kinds[argv[0]](b)

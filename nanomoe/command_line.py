@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'EXTRAS', 'PROGRAMS', 'flattened', 'check_place', 'starting_point', 'as_toml', 'from_command_line',
-           'option_names', 'check_word', 'subcommand', 'CommandLine', 'Command', 'words_first', 'read_command', 'parse',
-           'launched_rank', 'what_to_install', 'refuse', 'tell_launcher', 'one_sentence', 'version', 'Program',
-           'overview', 'preset_lines', 'help_text']
+           'option_names', 'check_word', 'subcommand', 'CommandLine', 'Command', 'words_and_options', 'run_and_options',
+           'read_command', 'parse', 'launched_rank', 'what_to_install', 'refuse', 'tell_launcher', 'one_sentence',
+           'version', 'Program', 'overview', 'preset_lines', 'help_text']
 
 # %% ../nbs/33_command_line.ipynb #imports
 import dataclasses, errno, importlib.metadata, io, itertools, json, os, re, sys, time, tomllib
@@ -126,8 +126,8 @@ def as_toml(model: ModelConfig, train: TrainConfig) -> str:
     return '\n'.join(lines)
 
 # %% ../nbs/33_command_line.ipynb #parse
-def from_command_line(cls, default, argv: list[str], program: str):
-    """Read a dataclass from a command line with `tyro`: nanoGPT's `--flag=True`, `--help` and `--version`.
+def from_command_line(default, argv: list[str], program: str):
+    """The dataclass `default`, changed by options such as nanoGPT's `--flag=True`, or `--help`.
 
     An error message of tyro becomes a `BadInput` of one sentence.
     """
@@ -137,8 +137,8 @@ def from_command_line(cls, default, argv: list[str], program: str):
         print(version())
         sys.exit()
     for word in argv:
-        check_word(word, option_names(cls))
-    flags = tyro.conf.FlagConversionOff[tyro.conf.OmitArgPrefixes[cls]]
+        check_word(word, option_names(type(default)))
+    flags = tyro.conf.FlagConversionOff[tyro.conf.OmitArgPrefixes[type(default)]]
     stderr_text, output = io.StringIO(), io.StringIO()  # no terminal, so no colors and no boxes
     try:
         with redirect_stdout(output), redirect_stderr(stderr_text):
@@ -208,13 +208,15 @@ class Command(NamedTuple):
     dry_run: bool = False
 
 
-def words_first(argv: list[str]) -> list[str]:
-    """The same command line with its words before its options.
+def words_and_options(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line, and its options with their values.
 
-    An option takes the word after it, unless it contains a = or needs no value.
+    An option takes the word after it, unless it contains a = or needs no value; `--stop` takes all up to the
+    next option.
     """
-    words, options, rest = [], [], iter(argv)
-    for word in rest:
+    words, options, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith('-'):
             words.append(word)
         elif word.replace('-', '_') in ('__print_config', '__dry_run'):
@@ -222,8 +224,17 @@ def words_first(argv: list[str]) -> list[str]:
         elif '=' in word or word in ('-h', '--help', '--version'):
             options.append(word)
         else:
-            options += [word, *itertools.islice(rest, 1)]
-    return words + options
+            values = list(itertools.takewhile(lambda word: not word.startswith('-'), rest))
+            n = len(values) if word == '--stop' else 1  # the one value may start with -
+            options += [word, *rest[:n]]
+            rest = rest[n:]
+    return words, options
+
+
+def run_and_options(argv: list[str] | None, default, program: str):
+    "The first word of a command line, by default this process's, or None, and `default` with its options."
+    words, options = words_and_options(sys.argv[1:] if argv is None else argv)
+    return words[0] if words else None, from_command_line(default, words[1:] + options, program)
 
 # %% ../nbs/33_command_line.ipynb #parse-preset
 def read_command(argv: list[str]) -> Command:
@@ -232,8 +243,7 @@ def read_command(argv: list[str]) -> Command:
     With `--help`, `--version` or `--print_config` it prints and raises `SystemExit`.
     """
     (model, train, given), names = (ModelConfig(), TrainConfig(), []), option_names(CommandLine)
-    argv = words_first(argv)
-    words = list(itertools.takewhile(lambda word: not word.startswith('-'), argv))
+    words, options = words_and_options(argv)
     for word in [word.lstrip('–—') for word in words]:
         if '=' in word or word in names:
             raise BadInput(f'an option starts with two hyphens: --{word}')
@@ -244,12 +254,12 @@ def read_command(argv: list[str]) -> Command:
             f'one preset or file is taken, got {words[0]} and {words[1]}; a file may begin with preset = '
             '"NAME"'
         )
-    run = from_command_line(CommandLine, CommandLine(model, train), argv[len(words) :], 'train')
+    run = from_command_line(CommandLine(model, train), options, 'train')
     check(run.model, run.train)
     if run.print_config:
         print(as_toml(run.model, run.train))
         sys.exit()
-    given += [word[2:].split('=')[0].replace('-', '_') for word in argv if word.startswith('--')]
+    given += [word[2:].split('=')[0].replace('-', '_') for word in options if word.startswith('--')]
     return Command(run.model, run.train, given, run.dry_run)
 
 

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .command_line import from_command_line, one_sentence, words_first
+from .command_line import from_command_line, one_sentence, words_and_options
 from .config import BadInput, moved, nearest
 from nanomoe.corpora import (
     HUB,
@@ -885,17 +885,16 @@ def run_command(words: list[str], o: Prepare):
 
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.data SOURCE… [--out DIR]`, or `python -m nanomoe.data check FOLDER…`"
-    argv = words_first(sys.argv[1:] if argv is None else argv)
-    split = next((i for i, word in enumerate(argv) if word.startswith('-')), len(argv))
+    words, options = words_and_options(sys.argv[1:] if argv is None else argv)
     with one_sentence():
-        o = from_command_line(Prepare, Prepare(), argv[split:], 'data')
+        o = from_command_line(Prepare(), options, 'data')
         try:
-            run_command(argv[:split], o)
+            run_command(words, o)
         except KeyboardInterrupt:
             print('\nstopped; the same command resumes from its last note, if it came so far')
             sys.exit(130)
         except (OSError, RuntimeError, MemoryError) as e:
-            raise BadInput(f'{" ".join(argv[:split])} cannot be prepared: {e}') from None
+            raise BadInput(f'{" ".join(words)} cannot be prepared: {e}') from None
 
 
 if __name__ == '__main__' and '__file__' in globals():

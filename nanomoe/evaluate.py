@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'Item', 'off', 'choice', 'addition', 'subtraction', 'sequenc
            'items', 'encode_pair', 'score', 'measure', 'write_tasks', 'Evaluation', 'main']
 
 # %% ../nbs/47_evaluate.ipynb #imports
-import json, random, sys
+import json, random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .command_line import from_command_line, one_sentence, words_first
+from .command_line import one_sentence, run_and_options
 from .config import BadInput
 from .corpora import in_words
 from .files import resolve, write_whole
@@ -184,9 +184,7 @@ class Evaluation:
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.evaluate RUN [--n N]`"
     with one_sentence():
-        argv = words_first(sys.argv[1:] if argv is None else argv)
-        run = argv[0] if argv and not argv[0].startswith('-') else None
-        e = from_command_line(Evaluation, Evaluation(), argv[1:] if run else argv, 'evaluate')
+        run, e = run_and_options(argv, Evaluation(), 'evaluate')
         if e.n < 1:
             raise BadInput(f'n must be at least 1, got {e.n}')
         if e.tasks_out:

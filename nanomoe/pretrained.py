@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None):
         for before, word in zip(['', *argv], argv):
             is_value = before.startswith('--') and '=' not in before
             (options if word.startswith('-') or is_value else words).append(word)
-        from_command_line(Export, Export(), options, 'pretrained')
+        from_command_line(Export(), options, 'pretrained')
         subcommand(words, ('export',), 'pretrained')
         if len(words) != 3:
             raise BadInput('usage: export RUN DIR, such as export out/modern modern-hf')

@@ -8,7 +8,7 @@ __all__ = ['Importance', 'layer_sums', 'expert_importance', 'check_prunable', 'm
            'quantize_experts', 'expert_bytes', 'run_settings', 'check_new', 'write_run', 'Pruning', 'main']
 
 # %% ../nbs/28_prune.ipynb #imports
-import copy, json, sys
+import copy, json
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import fill
-from .command_line import from_command_line, one_sentence, words_first
+from .command_line import one_sentence, run_and_options
 from .config import BadInput, ModelConfig, TrainConfig, from_dict
 from .dataset import TokenDataset, batch_at, sample_sequences
 from .experts import Experts, MoE, expert_mlp
@@ -281,9 +281,7 @@ class Pruning:
 def main(argv: list[str] | None = None):
     "`python -m nanomoe.prune RUN --out_dir DIR [--keep N] [--method reap|frequency|merge]`"
     with one_sentence():
-        argv = words_first(sys.argv[1:] if argv is None else argv)
-        source = argv[0] if argv and not argv[0].startswith('-') else None
-        p = from_command_line(Pruning, Pruning(), argv[1:] if source else argv, 'prune')
+        source, p = run_and_options(argv, Pruning(), 'prune')
         if source is None or p.out_dir is None:
             raise BadInput('give a run and a new folder, such as out/onboard --out_dir out/pruned')
         if p.n < 1:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import FixedKVCache, KVCache
-from .command_line import from_command_line, one_sentence, words_first
+from .command_line import one_sentence, run_and_options
 from .config import BadInput, ModelConfig
 from .corpora import text_blocks
 from .data import ids_of
@@ -300,10 +300,7 @@ def main(argv: list[str] | None = None):
     "`python -m nanomoe.sample RUN [--start TEXT] …`"
     argv = sys.argv[1:] if argv is None else argv
     with one_sentence():
-        if '--stop' not in argv:
-            argv = words_first(argv)  # which takes several words
-        run = argv[0] if argv and not argv[0].startswith('-') else None
-        s = from_command_line(Sampling, Sampling(), argv[1:] if run else argv, 'sample')
+        run, s = run_and_options(argv, Sampling(), 'sample')
         check_sampling(s)
         if run is None:
             raise BadInput(

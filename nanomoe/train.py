@@ -61,7 +61,7 @@ from nanomoe.parallel import (
 from .pretrained import initial_weights
 from .sharding import local, recompute, shard
 from .terminal import heading, live_line, make_tracker, print_progress, summary
-from .tokenizer import load_tokenizer, token_bytes
+from .tokenizer import load_tokenizer, token_bytes, token_texts
 
 # %% ../nbs/09_train.ipynb #validation-figures
 def validation_figures(sums: Tensor, load: Tensor, domains: list[str], tokens: Tensor) -> dict:
@@ -720,7 +720,7 @@ def routed_text(run: RunState, length: int = 128, prompt: int = 24) -> Iterator[
     for (domain, ids), start, continuation in zip(texts.items(), starts, more):
         with run.autocast:
             routings = run.model.hidden(torch.from_numpy(ids)[None].to(run.world.device))[1]
-        pieces = [tokenizer.decode_single_token_bytes(i).decode('utf-8', 'replace') for i in ids.tolist()]
+        pieces = token_texts(tokenizer, ids.tolist())
         yield dict(
             step=run.step,
             domain=domain,

@@ -427,7 +427,7 @@ def main(argv: list[str] | None = None):
         kind = subcommand(argv, ('experts', 'curve', 'report', 'watch', 'model'), 'viz')
         options = Watching() if kind == 'watch' else Picture()
         asks = [word for word in argv if word in ('-h', '--help', '--version')]
-        options = from_command_line(type(options), options, asks or argv[2:], 'viz')
+        options = from_command_line(options, asks or argv[2:], 'viz')
         if len(argv) < 2 or argv[1].startswith('-'):
             raise BadInput(f'name the {"preset" if kind == "model" else "run"} to show')
         if kind == 'watch':

@@ -22,7 +22,7 @@ from nanomoe.files import with_checksum
 from nanomoe.optim import make_optimizer
 from nanomoe.parallel import DistContext
 from nanomoe.tokenizer import make_tokenizer, save_tokenizer
-from nanomoe.command_line import parse, words_first
+from nanomoe.command_line import parse, words_and_options
 from nanomoe import config
 from nanomoe.config import BadInput, ModelConfig, TrainConfig, check, check_kinds, from_dict, to_dict
 from nanomoe.presets import PRESETS
@@ -554,7 +554,10 @@ def test_options_may_come_before_words():
     assert parse(['--max_iters', '1', '--seed=-0', 'tiny', '--bias', 'True']) == parse(
         ['tiny', '--max_iters=1', '--seed=0', '--bias=True']
     )
-    assert words_first(['--out', '-5', 'a', '--help', 'b']) == ['a', 'b', '--out', '-5', '--help']
+    words, options = words_and_options(["--out", "-5", "a", "--help", "b"])
+    assert (words, options) == (["a", "b"], ["--out", "-5", "--help"])
+    _, options = words_and_options(["--seed", "1", "run", "--stop", "a", "b", "--top_k=2"])
+    assert options == ["--seed", "1", "--stop", "a", "b", "--top_k=2"]
 
 
 def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):

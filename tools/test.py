@@ -51,12 +51,11 @@ def check_notebook(path: Path) -> bool:
 
 
 def check_tests() -> tuple[int, int]:
-    "Run tests/ with pytest; returns how many passed and failed."
+    "Run tests/ with pytest, two files at a time; returns how many passed and failed."
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
-        code = subprocess.run(
-            [BIN / 'pytest', '-q', '-rs', '--durations=10', f'--junitxml={report}', 'tests'], cwd=ROOT
-        ).returncode
+        options = ['-q', '-rs', '-n2', '--dist=loadfile', '--durations=10', f'--junitxml={report}']
+        code = subprocess.run([BIN / 'pytest', *options, 'tests'], cwd=ROOT).returncode
         if not report.exists():
             return 0, 1
         suite = ElementTree.parse(report).getroot().find('testsuite')
