@@ -193,9 +193,10 @@ class Series(NamedTuple):
         return f'<polyline points="{line}" fill="none" stroke="{self.color}" stroke-width="1.5"/>'
 
 # %% ../nbs/44_board.ipynb #line-chart-parts
-def svg_of(content: str) -> str:
-    "A chart for a page, in the color of its text."
-    return f'<svg viewBox="0 0 320 210" role="img" {_font}>{content}</svg>'
+def svg_of(content: str, title: str, box: str = '0 0 320 210') -> str:
+    "A chart for a page, in the color of its text; `title` is what a screen reader says."
+    label = html.escape(escape_controls(title))
+    return f'<svg viewBox="{box}" role="img" aria-label="{label}" {_font}>{content}</svg>'
 
 
 def legend_line(names: Sequence[tuple[str, str]]) -> str:
@@ -232,7 +233,8 @@ def line_chart(
     series = [s for s in series if len(s.points)]
     valued = [s.points for s in series if s.kind != 'ticks']
     if not valued:
-        return svg_of(svg_words(8, 16, title, 'start') + svg_words(8, 60, 'no finite value yet', 'start'))
+        nothing = svg_words(8, 60, 'no finite value yet', 'start')
+        return svg_of(svg_words(8, 16, title, 'start') + nothing, title)
     steps = np.concatenate([points[:, 0] for points in valued])
     values = np.concatenate([points[:, 1:].ravel() for points in valued])
     bottom = min(values.min(), low)
@@ -243,7 +245,8 @@ def line_chart(
         panel.axes(title)
         + legend_line(names)
         + ''.join(s.svg(panel) for s in series)
-        + tokens_below(panel, rows)
+        + tokens_below(panel, rows),
+        title,
     )
 
 # %% ../nbs/44_board.ipynb #page-charts
@@ -315,9 +318,9 @@ def load_charts(rows: Sequence[dict], most: int = 8) -> list[str]:
     routed = routed_rows(rows)
     layers = downsample(range(len(routed[-1]['load'])), most)
     height = 42 + min(24, 150 / len(routed[-1]['load'])) * len(routed[-1]['load'])
-    now = f'<svg viewBox="646 0 320 {height:.0f}" role="img" {_font}>{svg_load(routed[-1]["load"])}</svg>'
+    now = svg_of(svg_load(routed[-1]['load']), 'load of all layers', f'646 0 320 {height:.0f}')
     return [now] + [
-        f'<svg viewBox="330 0 320 210" role="img" {_font}>{svg_load_history(routed, layer)}</svg>'
+        svg_of(svg_load_history(routed, layer), f'load of layer {layer} over time', '330 0 320 210')
         for layer in layers
     ]
 

@@ -335,7 +335,7 @@ def one_sentence():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         sys.exit(141)  # as SIGPIPE would have ended it
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.ENAMETOOLONG):
+        if e.filename is None and e.errno != errno.ENOSPC:
             raise
         if e.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

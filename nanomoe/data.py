@@ -41,7 +41,15 @@ from nanomoe.corpora import (
     source_files,
 )
 from .dataset import MAGIC, BUILTIN_DATASETS, ShardWriter, checked_shard, open_shard, verify
-from .files import put_back, put_in_place, read_with_checksum, resolve, print_status, with_checksum
+from nanomoe.files import (
+    put_back,
+    put_in_place,
+    read_with_checksum,
+    resolve,
+    print_status,
+    with_checksum,
+    writing,
+)
 from nanomoe.tokenizer import (
     check_characters,
     digest_of,
@@ -450,14 +458,11 @@ def write_dataset(
     if not all(isinstance(s, Source) for s in sources):
         sources = [in_memory_source(name, sources)]
     part = folder.parent / f'.{folder.name}.part'
-    try:
-        with at_work(part):
-            manifest = build_dataset(part, sources, tokenizer, vocab_size, name, weights, show)
-            check_replaceable(folder)
-            (part / 'progress.json').unlink()
-            put_in_place(part, folder)
-    except OSError as e:
-        raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
+    with writing(folder), at_work(part):
+        manifest = build_dataset(part, sources, tokenizer, vocab_size, name, weights, show)
+        check_replaceable(folder)
+        (part / 'progress.json').unlink()
+        put_in_place(part, folder)
     return manifest
 
 # %% ../nbs/37_data.ipynb #link-split
@@ -516,26 +521,23 @@ def link_token_files(files: list[Path], folder: Path, tokenizer: str = 'gpt2', n
             f'{pickles[0]} holds a vocabulary as a pickle, which is not read; prepare the text itself'
         )
     encoder, part = make_tokenizer(tokenizer, [], 257), folder.parent / f'.{folder.name}.part'
-    try:
-        with at_work(part):
-            for path in part.iterdir():
-                path.unlink()
-            save_tokenizer(encoder, part)
-            entries = {split: link_split(part, paths, encoder) for split, paths in splits.items()}
-            manifest = with_checksum(
-                dict(
-                    format='nanomoe-tokens',
-                    version=2,
-                    source=name,
-                    vocab_size=encoder.n_vocab,
-                    splits=entries,
-                    tokenizer=digest_of(part),
-                )
+    with writing(folder), at_work(part):
+        for path in part.iterdir():
+            path.unlink()
+        save_tokenizer(encoder, part)
+        entries = {split: link_split(part, paths, encoder) for split, paths in splits.items()}
+        manifest = with_checksum(
+            dict(
+                format='nanomoe-tokens',
+                version=2,
+                source=name,
+                vocab_size=encoder.n_vocab,
+                splits=entries,
+                tokenizer=digest_of(part),
             )
-            (part / 'manifest.json').write_text(json.dumps(manifest, indent=1))
-            put_in_place(part, folder)
-    except OSError as e:
-        raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
+        )
+        (part / 'manifest.json').write_text(json.dumps(manifest, indent=1))
+        put_in_place(part, folder)
     return manifest
 
 # %% ../nbs/37_data.ipynb #fineweb-shards

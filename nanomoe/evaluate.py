@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'Item', 'off', 'choice', 'addition', 'subtraction', 'sequenc
            'items', 'encode_pair', 'score', 'measure', 'write_tasks', 'Evaluation', 'main']
 
 # %% ../nbs/47_evaluate.ipynb #imports
-import json, random
+import json, random, shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ import torch
 from .command_line import one_sentence, run_and_options
 from .config import BadInput
 from .corpora import in_words
-from .files import resolve, write_whole
+from .files import resolve, write_whole, writing
 from .model import GPT
-from .sample import load
+from .sample import batch_dependent, load
+from .tokenizer import check_characters
 
 # %% ../nbs/47_evaluate.ipynb #item
 class Item(NamedTuple):
@@ -96,6 +97,7 @@ def items(task: Callable[[random.Random], Item], n: int) -> list[Item]:
 # %% ../nbs/47_evaluate.ipynb #encode
 def encode_pair(tokenizer, question: str, continuation: str) -> tuple[list[int], int]:
     "The tokens of both together, and how many of them at the end are the continuation's."
+    check_characters(tokenizer, question + continuation, 'a task')
     whole = tokenizer.encode_ordinary(question + continuation)
     return whole, len(whole) - len(tokenizer.encode_ordinary(question))
 
@@ -108,6 +110,7 @@ def score(model: GPT, tokenizer, pairs: list[tuple[str, str]], batch: int = 32) 
     As lm-evaluation-harness computes `loglikelihood`. Tokens beyond the context are cut off in front.
     """
     T, found, device = model.cfg.block_size, {}, model.wte.weight.device
+    batch = 1 if batch_dependent(model.cfg) else batch  # or rows and padding would compete for slots
     rows = [encode_pair(tokenizer, *pair) for pair in pairs]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # of like length together
     for start in range(0, len(rows), batch):
@@ -115,6 +118,8 @@ def score(model: GPT, tokenizer, pairs: list[tuple[str, str]], batch: int = 32) 
         texts = [torch.tensor(rows[i][0][-(T + 1) :]) for i in chosen]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)  # (B, T + 1) at most
         logs = model(ids[:, :-1]).logits.float().log_softmax(-1)
+        if logs.isnan().any():
+            raise BadInput("the model's probabilities are not numbers: it has diverged, or overflows here")
         of_targets = logs.gather(-1, ids[:, 1:, None])[..., 0]  # (B, T)
         greedy = logs.argmax(-1) == ids[:, 1:]
         for row, i, text in zip(range(len(chosen)), chosen, texts):
@@ -148,7 +153,7 @@ def measure(model: GPT, tokenizer, made: list[Item]) -> dict[str, float]:
 # %% ../nbs/47_evaluate.ipynb #tasks-out
 def write_tasks(folder: str | Path, n: int):
     "Write all tasks for lm-evaluation-harness: `nanomoe_NAME.yaml`, with their items beside."
-    folder = resolve(folder)
+    folder = resolve(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in TASKS.items():
         made, rows = items(task, n), folder / f'nanomoe_{name}.jsonl'
@@ -188,13 +193,18 @@ def main(argv: list[str] | None = None):
         if e.n < 1:
             raise BadInput(f'n must be at least 1, got {e.n}')
         if e.tasks_out:
-            write_tasks(e.tasks_out, e.n)
+            with writing(e.tasks_out):
+                write_tasks(e.tasks_out, e.n)
             names = ','.join(f'nanomoe_{name}' for name in TASKS)
+            path = shlex.quote(str(resolve(e.tasks_out).absolute()))
             return print(
-                f'lm_eval --include_path {e.tasks_out} --tasks {names} --model hf --model_args pretrained=…'
+                f'lm_eval --include_path {path} --tasks {names} --model hf --model_args pretrained=…'
             )
         if run is None:
             raise BadInput('give the folder of a run, such as out/onboard; gpt2; or a folder of transformers')
+        if e.json:
+            with writing(e.json):
+                resolve(e.json).open('a').close()  # before the work
         model, tokenizer = load(run, e.device)
         print(f'{"":12}   acc  acc_norm  chance   (standard error; {e.n} items each)', flush=True)
         rows = {}
@@ -206,7 +216,8 @@ def main(argv: list[str] | None = None):
                 flush=True,
             )
         if e.json:
-            write_whole(resolve(e.json), json.dumps(rows))
+            with writing(e.json):
+                write_whole(resolve(e.json), json.dumps(rows))
 
 
 if __name__ == '__main__' and '__file__' in globals():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import BadInput, ModelConfig
-from .files import write_whole
+from .files import write_whole, writing
 from .model import GPT, moe_layers
 from .router import Routing
 from .tokenizer import token_texts
@@ -25,7 +25,7 @@ from .tokenizer import token_texts
 # %% ../nbs/29_film.ipynb #hooked
 @contextmanager
 def hooked(module: nn.Module, hook) -> Iterator[None]:
-    "Call hook(module, inputs, output) behind a module; what it returns, other than None, is the output."
+    "Call hook(module, inputs, output) after a module; what it returns, other than None, is the output."
     handle = module.register_forward_hook(hook)
     try:
         yield
@@ -35,7 +35,7 @@ def hooked(module: nn.Module, hook) -> Iterator[None]:
 
 @torch.no_grad()
 def probs_after(model: GPT, idx: Tensor, block: int) -> tuple[Tensor, tuple[Routing, ...]]:
-    """Next-token probabilities (T, V) of the ids idx (1, T) if the model ended behind a block, and all
+    """Next-token probabilities (T, V) of the ids idx (1, T) if the model ended after a block, and all
     routings.
 
     The final norm and the head read the residual stream early: the logit lens (nostalgebraist 2020).
@@ -92,7 +92,7 @@ def record_film(model: GPT, tokenizer, ids: Tensor, n_prompt: int) -> dict:
     """How the ids (T + 1,) came about, of which the first `n_prompt` were given: what `film_html` draws.
 
     `frames` has an entry for each of the T tokens that were read. By MoE layer it holds the chosen experts
-    and their gates (K), the router's probabilities (E) and entropy in nats, the three best guesses behind
+    and their gates (K), the router's probabilities (E) and entropy in nats, the three best guesses after
     that layer, and the probability of the next token without each expert (K); for the whole model, the
     five best guesses and the next token's probability. All probabilities are at temperature 1. Raises
     `BadInput` as `check_film` does.
@@ -125,10 +125,8 @@ def record_film(model: GPT, tokenizer, ids: Tensor, n_prompt: int) -> dict:
 # %% ../nbs/29_film.ipynb #file
 def write_film(film: dict, path: Path):
     "Write it, or raise `BadInput` where that is not possible."
-    try:
+    with writing(path):
         write_whole(path, json.dumps(film))
-    except OSError as e:
-        raise BadInput(f'{path} cannot be written: {e.strerror}') from None
 
 
 def read_film(path: Path) -> dict | None:
@@ -144,7 +142,7 @@ def read_film(path: Path) -> dict | None:
         if not frames or len(pieces) != len(frames) + 1 or not 0 < E <= 2**12 or n_prompt < 1:
             raise ValueError
         return dict(n_experts=E, layers=layers, n_prompt=n_prompt, pieces=pieces, frames=frames)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, OverflowError):
+    except (OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):
         raise BadInput(f'{path} is not a film; python -m nanomoe.sample RUN --film=True writes one') from None
 
 
@@ -158,8 +156,10 @@ def read_frame(frame: dict, n_experts: int, n_layers: int) -> dict:
     def guesses(pairs) -> list[tuple[str, float]]:
         return [(str(piece), float(p)) for piece, p in pairs]
 
-    experts = [[range(n_experts)[int(e)] for e in row] for row in frame['experts']]
+    experts = [[int(e) for e in row] for row in frame['experts']]
     K = len(experts[0])
+    if not all(0 <= e < n_experts for row in experts for e in row) or {len(row) for row in experts} != {K}:
+        raise ValueError
     if {len(experts), len(frame['entropy']), len(frame['guesses'])} != {n_layers} or not K:
         raise ValueError
     return dict(
@@ -194,15 +194,18 @@ _elements = """<div class="film-text"></div>
 <p class="film-words" aria-live="polite"></p>"""
 
 # %% ../nbs/29_film.ipynb #stage
-_stage = r"""const PITCH = 26, WIDTH = 190, LEFT = 96
-const shown = s => s.replaceAll(' ', '␣').replaceAll('\n', '⏎').replaceAll('\t', '⇥')
+_stage = r"""const PITCH = 26, LEFT = 96, WIDTH = Math.max(190, 104 + 24 * Math.ceil(film.n_experts / 16))
+const plain = s => s.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, c => '\n\t\u200c\u200d'.includes(c) ? c :
+  '\\u' + c.codePointAt(0).toString(16).padStart(4, '0'))
+const shown = s => plain(s).replaceAll(' ', '␣').replaceAll('\n', '⏎').replaceAll('\t', '⇥')
+const cut = (s, n) => [...s].slice(0, n).join('')
 const safe = s => shown(s).replaceAll('&', '&amp;').replaceAll('<', '&lt;')
 const percent = p => p >= 0.995 || p < 0.00005 ? `${Math.round(100 * p)} %` : `${(100 * p).toPrecision(2)} %`
 const effect = (p, without) => percent(without) + (
   without < 0.9 * p ? ' ▼' : without > 1.1 * p ? ' ▲' : '')
 const bar = (x, y, piece, p, color, bold) => `<rect x="${x}" y="${y - 10}" width="${60 * p}" height="12"
   fill="${color}" opacity=".35"/><text x="${x}" y="${y}" ${bold ? 'font-weight="bold"' : ''}>${
-  safe(piece.slice(0, 14))} <tspan opacity=".7">${percent(p)}</tspan></text>`
+  safe(cut(piece, 14))} <tspan opacity=".7">${percent(p)}</tspan></text>`
 
 function expertsOf(f, l, x, middle, lit) {
   const deep = Math.min(film.n_experts, 16), place = e =>
@@ -229,11 +232,11 @@ _layer = """function stage(f, piece, next, lit) {
   const deep = Math.min(film.n_experts, 16), L = film.layers.length, K = f.experts[0].length
   const middle = 34 + PITCH * deep / 2, below = middle + PITCH * deep / 2 + 22
   const wide = LEFT + L * WIDTH + 150, high = below + 18 * K + 80, parts = []
-  parts.push(`<text x="4" y="${middle - 8}" font-weight="bold">${safe(piece.slice(0, 12))}</text>
+  parts.push(`<text x="4" y="${middle - 8}" font-weight="bold">${safe(cut(piece, 12))}</text>
     <line x1="0" x2="${wide - 150}" y1="${middle}" y2="${middle}" stroke="currentColor" opacity=".4"/>`)
-  film.layers.forEach((name, l) => {
+  film.layers.forEach((block, l) => {
     const x = LEFT + l * WIDTH, on = l < lit
-    parts.push(`<text x="${x + 30}" y="16" opacity=".7">layer ${name}</text>`)
+    parts.push(`<text x="${x + 30}" y="16" opacity=".7">layer ${l}</text>`)
     parts.push(expertsOf(f, l, x, middle, on))
     if (!on) return
     parts.push(`<text x="${x + 30}" y="${below - 4}" opacity=".7">entropy ${f.entropy[l].toFixed(2)} of ${
@@ -248,7 +251,7 @@ _layer = """function stage(f, piece, next, lit) {
     parts.push(`<text x="${x}" y="16" opacity=".7">next token</text>`)
     f.best.forEach(([guess, p], n) =>
       parts.push(bar(x, middle + 20 * (n - 2), guess, p, '#0072B2', guess == next)))
-    parts.push(`<text x="${x}" y="${middle + 74}">→ <tspan font-weight="bold">${safe(next.slice(0, 12))
+    parts.push(`<text x="${x}" y="${middle + 74}">→ <tspan font-weight="bold">${safe(cut(next, 12))
       }</tspan> ${percent(f.p)}</text>`)
   }
   const style = `width: 100%; min-width: ${0.7 * wide}px; max-width: ${wide}px`
@@ -256,7 +259,7 @@ _layer = """function stage(f, piece, next, lit) {
 }
 
 function words(f, piece, next) {
-  const layers = film.layers.map((name, l) => `layer ${name}: ` + f.experts[l].map((e, k) =>
+  const layers = film.layers.map((block, l) => `layer ${l}: ` + f.experts[l].map((e, k) =>
     `expert ${e} at gate ${f.gates[l][k].toFixed(2)}`).join(' and '))
   return `After “${shown(piece)}”, ${layers.join('; ')}. Next: “${shown(next)}”, probability ${percent(f.p)}.`
 }"""
@@ -269,7 +272,7 @@ let i = Math.min(film.n_prompt - 1, frames.length - 1), lit = L + 1, timer = nul
 slider.max = frames.length - 1
 pieces.forEach((piece, n) => {
   const span = document.createElement('span')
-  span.textContent = piece
+  span.textContent = plain(piece)
   if (n < film.n_prompt) span.classList.add('given')
   span.onclick = () => { stop(); go(Math.min(n, frames.length - 1)) }
   at('text').append(span)

@@ -7,7 +7,8 @@ __all__ = ['EARLIER_FIELDS', 'LISTS', 'AVERAGED', 'WITH_RANGE', 'MOST_PARSED', '
            'Health', 'health', 'by_name', 'Record', 'SpikeDetector', 'read_log', 'log_numbers', 'check_load',
            'merge_lines', 'finite_mean', 'same_shape', 'span_of', 'thin', 'before_newest', 'Bins', 'History', 'Finding',
            'Limits', 'last_lines', 'find_collapse', 'find_drops', 'find_divergence', 'rise', 'finite', 'find_spikes',
-           'find_unlearned', 'find_overfitting', 'seconds_per_step', 'find_state', 'duration', 'diagnose', 'checked']
+           'find_unlearned', 'find_overfitting', 'seconds_per_step', 'find_state', 'duration', 'diagnose',
+           'still_writes', 'checked']
 
 # %% ../nbs/38_metrics.ipynb #imports
 import math, time
@@ -602,6 +603,11 @@ def diagnose(
     elif state.name == 'healthy':
         state = state._replace(name='running', title='Running')
     return [state, *ill] if state.name == 'stalled' else [*ill, state]
+
+
+def still_writes(findings: list[Finding]) -> bool:
+    "Whether a run with these findings goes on, as far as its log is known."
+    return not {'finished', 'stalled', 'reading'} & {finding.name for finding in findings}
 
 
 def checked(lines: Sequence[dict]) -> str:

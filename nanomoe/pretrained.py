@@ -20,7 +20,7 @@ from . import checkpoint
 from .checkpoint import with_weights
 from .command_line import from_command_line, one_sentence, subcommand
 from .config import BadInput, ModelConfig, check, from_dict, moved
-from .files import put_back, put_in_place, resolve
+from .files import put_back, put_in_place, resolve, writing
 from nanomoe.huggingface import (
     GPT2_VOCABULARY,
     check_exportable,
@@ -196,11 +196,10 @@ def export_hf(where: str | Path, out: str | Path) -> float:
     sweep_exports(folder)
     tmp_folder = folder.with_name(f'.tmp-{folder.name}-{os.getpid()}')
     try:
-        write_hf(tmp_folder, model, tokenizer, config)
-        gap = max_logit_diff(model, tmp_folder)
-        put_in_place(tmp_folder, folder)
-    except OSError as e:
-        raise BadInput(f'{folder} cannot be written: {e.strerror or e}') from None
+        with writing(folder):
+            write_hf(tmp_folder, model, tokenizer, config)
+            gap = max_logit_diff(model, tmp_folder)
+            put_in_place(tmp_folder, folder)
     finally:
         shutil.rmtree(tmp_folder, ignore_errors=True)
     return gap

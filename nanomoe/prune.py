@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .checkpoint import fill
 from .command_line import one_sentence, run_and_options
-from .config import BadInput, ModelConfig, TrainConfig, from_dict
+from .config import BadInput, ModelConfig, TrainConfig, from_dict, of_earlier
 from .dataset import TokenDataset, batch_at, sample_sequences
 from .experts import Experts, MoE, expert_mlp
 from .files import resolve
@@ -236,7 +236,7 @@ def run_settings(run: str) -> TrainConfig:
     if kind_of(run) != 'run' or not path.is_file():
         raise BadInput(f'give the folder of a run, such as out/onboard, got {run}')
     try:
-        return from_dict(json.loads(path.read_text()))[1]
+        return from_dict(of_earlier(json.loads(path.read_text())))[1]
     except ValueError as e:
         raise BadInput(f'{path} holds no settings: {e}') from None
 
@@ -251,14 +251,14 @@ def write_run(model: GPT, source: str, out_dir: str) -> dict:
     "Write the model as a new run, at step 0 of a training like that of `source`; its validation figures."
     check_new(out_dir)
     own = dict(out_dir=str(out_dir), init_from='scratch', allow_changed=None)
-    one_process = dict(expert_parallel=1, shard=False, compile=False, eval_only=False)
+    one_process = dict(expert_parallel=1, shard=False, compile=False, eval_only=False, dtype='auto')
     cfg = replace(run_settings(source), **own, **one_process)
     run = Trainer(model.cfg, cfg, DistContext(device=model.wte.weight.device))
     fill(run.model, model.state_dict())
+    record, texts = run.evaluation_record(), list(routed_text(run))  # before there is a folder
     run.open_folder()
     run.save_checkpoint(halt=True)
-    record = run.evaluation_record()
-    for row in routed_text(run):
+    for row in texts:
         run.samples.append(row)
     run.log.append(record.row())
     run.finish()

@@ -22,9 +22,10 @@ import numpy as np
 
 from .config import BadInput, nearest
 from .dataset import dataset_folder, read_manifest
-from .files import Tail, resolve, print_status
+from .files import Tail, print_status, resolve, write_whole, writing
 from .film import film_html, read_film
-from .metrics import LIMITS, Finding, History, diagnose, duration, log_numbers, seconds_per_step
+from .metrics import LIMITS, Finding, History, diagnose, duration, log_numbers
+from .metrics import seconds_per_step, still_writes
 from .presets import PRESETS
 from nanomoe.viz import (
     Figure,
@@ -121,7 +122,7 @@ def settings_of(run: Path) -> dict:
         flat = json.loads((run / 'config.json').read_text())
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         flat = None
     if (
         not isinstance(flat, dict)
@@ -188,7 +189,7 @@ def text_row(row: dict, n_experts: int = 2**12) -> dict:
 
     Raises `ValueError` for anything else.
     """
-    pieces, ids = row.get('pieces'), np.array(row.get('expert_ids'))
+    pieces, ids = row.get('pieces'), np.atleast_1d(row.get('expert_ids'))
     written = row.get('prompt', ''), row.get('continuation', '')
     if (
         not isinstance(row.get('domain'), str)
@@ -196,7 +197,7 @@ def text_row(row: dict, n_experts: int = 2**12) -> dict:
         or not all(isinstance(p, str) for p in (*pieces, *written))
     ):
         raise ValueError('no text')
-    gates, kept = np.array(row.get('gates')), row.get('kept') or [None]
+    gates, kept = np.array(row.get('gates')), row.get('kept') or [None] * len(ids)
     if ids.size and not (
         ids.dtype.kind == 'i'
         and ids.ndim == 3
@@ -209,8 +210,9 @@ def text_row(row: dict, n_experts: int = 2**12) -> dict:
         and len(kept) == len(ids)
     ):
         raise ValueError('no choices')
-    arrays = dict(expert_ids=ids.astype(np.int16), gates=gates.astype(np.float32)) if ids.size else {}
-    return row | arrays  # a tenth of the memory
+    if ids.size:  # a tenth of the memory
+        row |= dict(expert_ids=ids.astype(np.int16), gates=gates.astype(np.float32), kept=kept)
+    return row
 
 
 def experts_in(rows: Sequence[dict]) -> int:
@@ -264,7 +266,7 @@ def experts_figure(rows: Sequence[dict], name: str = '') -> Figure:
     """
     rows = routed_rows(rows)
     if not rows:
-        raise BadInput(f'{name or "the log"} holds no load: a dense model has no experts to draw')
+        raise BadInput(f'{name or "the log"} holds no load: the model is dense, or was not trained here')
     last = next((row for row in reversed(rows) if domain_load(row, 0)[0]), None)
     L = len(rows[-1]['load'])
     layers = sorted({round(i) for i in np.linspace(0, L - 1, min(L, 4))})
@@ -305,7 +307,7 @@ def health_figure(rows: Sequence[dict]) -> Figure:
         'margin': 'margin of the chosen',
         'logit_rms': 'router logits, RMS',
     }
-    axes, routed = fig.subplots(2, 4), bool(rows[-1].get('load'))
+    axes, routed = fig.subplots(2, 4), bool(routed_rows(rows))
     for ax, (key, title) in zip(axes[0], charts.items()):
         if not routed or not all(key in row['health'] for row in rows):
             ax.remove()
@@ -383,7 +385,7 @@ def curve_of(run: Path, rows: Sequence[dict] | None = None, earlier: Path | None
             )
             ax.legend(frameon=False, fontsize=8)
     last = rows[-1]
-    if last['step'] and last.get('tokens'):
+    if last['step'] and finite([last], 'tokens'):
         per_step = last['tokens'] / last['step'] / 1e6
         to_tokens = (lambda step: step * per_step), (lambda tokens: tokens / per_step)
         ax.secondary_xaxis('top', functions=to_tokens).set_xlabel('million tokens')
@@ -471,14 +473,14 @@ def verdict_html(findings: Sequence[Finding]) -> str:
     )
 
 
-def facts(rows: Sequence[dict], settings: dict) -> str:
-    "A run's results as HTML: a box for each, and the validation loss by domain."
+def facts(rows: Sequence[dict], settings: dict, goes_on: bool = True) -> str:
+    "A run's results as HTML: a box for each, and the validation loss by domain; the time left if it goes on."
     last, val_rows = rows[-1], finite(finite(rows, 'val_ce'), 'val_bpb')
     max_iters = settings.get('max_iters')
     suffix = f' of {max_iters:,}' if max_iters else ''
     lines = [('steps', f'{last["step"]:,}{suffix}'), ('tokens trained on', f'{last.get("tokens", 0):,}')]
     step_time = seconds_per_step(rows[-64:])
-    if max_iters and step_time and max_iters > last['step']:
+    if goes_on and max_iters and step_time and max_iters > last['step']:
         lines.append(('time left', duration(step_time * (max_iters - last['step']))))
     lines += speed_and_load(rows)
     lines.append(('updates skipped, spikes', f'{last.get("skipped", 0)}, {last.get("spikes", 0)}'))
@@ -668,7 +670,7 @@ def report(run: str | Path) -> str:
     rows, earlier = with_bits(history.rows()), earlier_run(run)
     findings = diagnose(rows, history.recent(), settings.get('max_iters'), time.time() - log_time(run))
     sections = {
-        'The run': verdict_html(findings) + facts(rows, settings),
+        'The run': verdict_html(findings) + facts(rows, settings, still_writes(findings)),
         'Loss': img_tag(curve_of(run, rows, earlier), 'loss over steps'),
     }
     if earlier:
@@ -738,9 +740,7 @@ def render(kind: str, what: str, out: str | None) -> Path:
         )
         content = to_png(fig, dpi=120)
     path = resolve(out) if out else path
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as e:
-        raise BadInput(f'{path} cannot be written: {e.strerror}') from None
+        write_whole(path, content)
     return path

@@ -290,6 +290,10 @@ def path_of_film(run: str | Path, cfg: ModelConfig) -> Path:
 
 def film_of(model: GPT, tokenizer, idx: Tensor, s: Sampling) -> dict:
     "The film of the text that continues idx (1, T) from the random seed, up to `block_size` tokens."
+    if idx.size(1) > (T := model.cfg.block_size):
+        raise BadInput(
+            f'a film has room for block_size={T} tokens, and the text to continue has {idx.size(1)}'
+        )
     torch.manual_seed(s.seed)
     steps = generate(model, idx, s.max_new_tokens, s.temperature, s.top_k, s.top_p, tokenizer.n_vocab)
     ids = torch.cat([idx[0], *(step.ids for step in steps)])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['charts_html', 'verdict_on', 'text_html', 'link_to_film', 'Live', 'runs_in', 'written', 'address_of', 'newest_figures',
-           'entry', 'Viewer', 'is_address', 'server', 'Picture', 'Watching', 'server_at', 'watch', 'main']
+           'entry', 'NoSuchPage', 'Viewer', 'is_address', 'server', 'Picture', 'Watching', 'server_at', 'watch', 'main']
 
 # %% ../nbs/48_watch.ipynb #imports
 import ipaddress, json, os, re, socket, sys, threading, time, webbrowser
@@ -19,7 +19,7 @@ from .board import page_charts
 from .command_line import from_command_line, one_sentence, subcommand
 from .config import BadInput
 from .files import print_status, resolve
-from .metrics import Finding, History, diagnose, duration, seconds_per_step
+from .metrics import Finding, History, diagnose, duration, seconds_per_step, still_writes
 from nanomoe.report import (
     SampleHistory,
     continuations,
@@ -29,6 +29,7 @@ from nanomoe.report import (
     facts,
     film_of_run,
     kind_of,
+    log_time,
     n_experts_of,
     page,
     render,
@@ -42,7 +43,7 @@ from nanomoe.report import (
 from .viz import escape_controls, finite, legend, render_html, routed_rows
 
 # %% ../nbs/48_watch.ipynb #live-page
-_live = """<p>{{ back|safe }}<span id="state">{{ wait }}</span></p>
+_live = """<p>{{ back|safe }}<span id="state" role="status">{{ wait }}</span></p>
 <div id="verdict"></div><div id="facts"></div><div id="board"></div>
 <h2>Text by expert</h2>
 <p id="film"></p>
@@ -52,6 +53,7 @@ const at = id => document.getElementById(id), have = {board: -1, text: -1}
 let state = -1
 async function look(part) {
   const answer = await fetch(`${part}?step=${have[part]}&state=${state}`)
+  if (answer.status == 404) return location.reload()                 // a folder of runs by now, or none
   if (answer.status == 500) {
     at('state').textContent = await answer.text()
     have.board = have.text = state = -1                              // another run may come
@@ -59,11 +61,18 @@ async function look(part) {
   else if (part == 'board') at('state').textContent = ''
   if (answer.status != 200) return
   const data = await answer.json(); have[part] = data.step
-  if (part == 'text') { at('text').innerHTML = data.text; return }
+  if (part == 'text') return put('text', data.text)
   state = data.state
-  at('verdict').innerHTML = data.verdict; at('facts').innerHTML = data.facts
-  at('board').innerHTML = data.svg
-  at('film').innerHTML = data.film
+  put('verdict', data.verdict); put('facts', data.facts); put('board', data.svg); put('film', data.film)
+}
+function put(id, html) {  // opened details, chosen tabs and the focus stay
+  const box = at(id), focus = document.activeElement.id
+  const opened = [...box.querySelectorAll('details')].map(one => one.open)
+  const chosen = [...box.querySelectorAll('input:checked')].map(one => one.id)
+  box.innerHTML = html
+  box.querySelectorAll('details').forEach((one, i) => { one.open = opened[i] ?? one.open })
+  for (const name of chosen) if (at(name)) at(name).checked = true
+  if (focus && document.activeElement == document.body) at(focus)?.focus()
 }
 async function again() {
   try { await look('board'); await look('text') }
@@ -166,11 +175,14 @@ class Live:
         "Verdict, figures and charts; `state` changes with what is not in the log, such as a run that stalls."
         earlier, findings = self.beside(), verdict_on(self.history, rows, settings)
         earlier_done, film = bool(self.earlier) and self.earlier[1].tail.complete, link_to_film(self.run)
-        now = (findings[0].name == 'stalled') + 2 * self.complete + 4 * earlier_done + 8 * bool(film)
+        silent = time.time() - log_time(self.run) if findings[0].name == 'stalled' else -60
+        now = self.complete + 2 * earlier_done + 4 * bool(film) + 8 * (1 + int(silent // 60) % 10**7)
         data = dict(step=rows[-1]['step'], state=now)
         if data == dict(step=step, state=state):
             return None
-        data |= dict(verdict=verdict_html(findings), facts=facts(rows, settings), film=film)
+        data |= dict(
+            verdict=verdict_html(findings), facts=facts(rows, settings, still_writes(findings)), film=film
+        )
         return 'application/json', json.dumps(data | dict(svg=charts_html(rows, settings, earlier)))
 
     def text(self, rows: list[dict], settings: dict, step: int) -> tuple[str, str] | None:
@@ -182,11 +194,15 @@ class Live:
         return 'application/json', json.dumps(dict(step=newest, text=text_html(lines, settings)))
 
 # %% ../nbs/48_watch.ipynb #runs
-_list = """<p id="state"></p><div id="runs">{{ runs|safe }}</div>
+_list = """<p id="state" role="status"></p><div id="runs">{{ runs|safe }}</div>
 <script>
 const at = id => document.getElementById(id)
 async function again() {
-  try { at('runs').innerHTML = await (await fetch('list')).text() }
+  try {
+    const answer = await fetch('list')
+    if (answer.status == 404) return location.reload()
+    at(answer.ok ? 'runs' : 'state')[answer.ok ? 'innerHTML' : 'textContent'] = await answer.text()
+  }
   catch (e) { at('state').textContent = 'Viewer stopped; showing the last state.' }
   setTimeout(again, 5000)
 }
@@ -236,8 +252,7 @@ def entry(name: str, live: Live, seconds: float) -> str:
         if not rows:
             raise BadInput('its log has no line yet')
         findings, max_iters = verdict_on(live.history, rows, settings), settings.get('max_iters')
-        goes_on = not {'finished', 'stalled', 'reading'} & {finding.name for finding in findings}
-        figures = newest_figures(rows, live.history.recent(), max_iters, goes_on)
+        figures = newest_figures(rows, live.history.recent(), max_iters, still_writes(findings))
     except (BadInput, OSError) as e:
         findings = [Finding('unreadable', f'Not readable: {e}', '')]
     return render_html(
@@ -251,6 +266,10 @@ def entry(name: str, live: Live, seconds: float) -> str:
     )
 
 # %% ../nbs/48_watch.ipynb #viewer
+class NoSuchPage(LookupError):
+    "An address that the viewer does not have"
+
+
 class Viewer:
     "What the server shows of a folder: a run, or the list of the runs in it and a page for each."
 
@@ -267,12 +286,12 @@ class Viewer:
     def answer(self, path: str, step: int, state: int = -1) -> tuple[str, str] | None:
         """(kind of content, content) of an address, None where there is nothing new.
 
-        Raises `LookupError` for an address that does not exist, `BadInput` while a run is waited for.
+        Raises `NoSuchPage` for an address that does not exist, `BadInput` while a run is waited for.
         """
         name, _, part = os.fsdecode(unquote_to_bytes(path)).removeprefix('/').rpartition('/')
         names = [] if (self.folder / 'log.jsonl').exists() else runs_in(self.folder)
         if part not in ('', 'board', 'text', 'film') + ('list',) * bool(names):
-            raise LookupError(path)
+            raise NoSuchPage(path)
         if name in names or not names and not name:
             if part == 'film':
                 none = (
@@ -282,7 +301,7 @@ class Viewer:
                 return 'text/html', page('Film of a generated text', film)
             return self.live(name).answer(part, step, state)
         if name or part not in ('', 'list'):
-            raise LookupError(path)
+            raise NoSuchPage(path)
         listed = self.entries(names)
         whole = page(self.folder.resolve().name, render_html(_list, runs=listed))
         return 'text/html', listed if part == 'list' else whole
@@ -333,7 +352,7 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
                 status = 200 if answer else 204
             except (BadInput, OSError) as e:  # OSError: a file was removed meanwhile
                 answer, status = ('text/plain', escape_controls(str(e))), 500
-            except LookupError:
+            except NoSuchPage:
                 status = 404
             with suppress(ConnectionError):  # the page was closed
                 self.send_response(status)
@@ -346,8 +365,11 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
         def log_message(self, *words):
             pass  # a line per request would hide the address
 
-    if not host:
-        raise BadInput('host must be an address or a name, got an empty one')
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        name = escape_controls(host)[:80]
+        raise BadInput(f'host must be an address or a name that is known here, got {name}') from None
 
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ':' in host else socket.AF_INET

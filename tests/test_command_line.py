@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomoe import bench, checkpoint, data, sample, sizing, train, watch
+from nanomoe import bench, checkpoint, data, evaluate, sample, sizing, train, watch
 from nanomoe.corpora import Document, file_documents, numbers_documents
 from nanomoe.files import with_checksum
 from nanomoe.optim import make_optimizer
@@ -262,6 +262,17 @@ BAD = {
     'nothing to draw': (watch, 'experts', 'name the run to show'),
     'nowhere to watch at': (watch, 'watch out/nowhere --port=-1', 'port -1 of 127.0.0.1 cannot be used'),
     'nothing to report': (watch, 'report out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
+    'a home of nobody': (watch, 'report ~nobody_at_all/run', 'log.jsonl does not exist'),
+    'an unknown host': (
+        watch,
+        'watch {bad} --host no.such.host.invalid',
+        'host must be an address or a name',
+    ),
+    'a host that is no name': (watch, 'watch {bad} --host ' + 70 * 'é', 'host must be an address or a name'),
+    'a task it cannot spell': (evaluate, '{bad}/chars', "the vocabulary has no"),
+    'figures nowhere': (evaluate, '{bad}/chars --json {bad}/no/e.json', 'e.json cannot be written: No such'),
+    'figures in a folder': (evaluate, '{bad}/chars --json {bad}', 'cannot be written: Is a directory'),
+    'tasks in a file': (evaluate, '--tasks_out {bad}/empty.txt', 'empty.txt cannot be written: File exists'),
     'no log': (watch, 'experts out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
 }
 

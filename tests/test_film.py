@@ -88,6 +88,18 @@ def test_text_stays_text(tab):
 
 
 @needs_chromium
+def test_characters_that_would_steer_the_page_are_written_out(tab):
+    "A change of direction and a zero byte; a joined emoji stays, and no character is cut in two."
+    pieces = ['\u202eabc', '\0', '\u2028', '👩\u200d👧', 'x' * 11 + '👧👧']
+    frame = FILM['frames'][0] | dict(best=[(pieces[4], 0.5)])
+    film = FILM | dict(pieces=pieces, frames=[frame] * 4, n_prompt=1)
+    tab.set_content(film_html(film, COLORS[: FILM['n_experts']]))
+    text = tab.locator('.film-text').text_content()
+    assert text == '\\u202eabc\\u0000\\u2028👩\u200d👧' + pieces[4]
+    assert '\ufffd' not in tab.locator('.film-stage').inner_html()
+
+
+@needs_chromium
 def test_many_experts_and_dense_layers_fit(tab):
     "64 experts, of which 8 are chosen, in two of four layers."
     chosen = list(range(0, 64, 8))

@@ -82,6 +82,12 @@ def browser():
             'page.html: loads https://a.example/a.css',
         ),
         ('<p style="background: url(https://a.example/a.png)">', 'page.html: loads https://a.example/a.png'),
+        ('<style>@import "//a.example/a.css"</style>', 'page.html: loads //a.example/a.css'),
+        ('<script>fetch("https://a.example/a")</script>', 'page.html: loads //a.example/a'),
+        ('<link rel="preload stylesheet" href="//a.example/">', 'page.html: loads //a.example/'),
+        ('<img srcset="data:image/png,a 1x, //a.example/b.png 2x">', 'page.html: loads //a.example/b.png'),
+        ('<svg><image href="//a.example/a.png"/></svg>', 'page.html: loads //a.example/a.png'),
+        ('<video poster="//a.example/a.png">', 'page.html: loads //a.example/a.png'),
         ('<a href="https://a.example/"><a href="#here"><b id="here"><a href="">', None),
     ],
 )
@@ -92,7 +98,8 @@ def test_the_checker_finds_what_is_wrong_with_a_page(tmp_path, page, problem):
 
 def test_the_checker_reads_styles(tmp_path):
     (tmp_path / 'a.css').write_text('@import "https://a.example/b.css"; p {background: url(data:image/png,)}')
-    assert problems_of(tmp_path) == ['a.css: loads https://a.example/b.css']
+    (tmp_path / 'a.js').write_text("import('https://a.example/b.js'); fetch('own.json')")
+    assert problems_of(tmp_path) == ['a.css: loads https://a.example/b.css', 'a.js: loads //a.example/b.js']
 
 
 def test_each_notebook_is_a_page_and_a_download(site):

@@ -757,6 +757,27 @@ def test_narrow_layers_without_experts_are_refused():
 # ---- an evaluation that others trust
 
 
+@pytest.mark.parametrize(
+    'options', [dict(eval_capacity_factor=1.0), dict(router='expert_choice', capacity_factor=1.0), dict()]
+)
+def test_the_items_beside_it_do_not_change_a_score(options, tokenizer):
+    torch.manual_seed(0)
+    cfg = replace(PRESETS['tiny'][0], vocab_size=tokenizer.n_vocab, block_size=64, **options)
+    model = GPT(cfg).eval()
+    made = evaluate.items(evaluate.addition, 12)
+    pairs = [(item.question, ' ' + c) for item in made for c in item.choices]
+    alone = [evaluate.score(model, tokenizer, [pair])[0][0] for pair in pairs]
+    together = [score for score, _ in evaluate.score(model, tokenizer, pairs)]
+    assert together == pytest.approx(alone, abs=1e-3)
+
+
+def test_a_model_of_nan_has_no_score(tokenizer):
+    model = GPT(replace(PRESETS['tiny'][0], vocab_size=tokenizer.n_vocab)).eval()
+    torch.nn.init.constant_(model.wte.weight, float('nan'))
+    with pytest.raises(BadInput, match='are not numbers'):
+        evaluate.score(model, tokenizer, [('1 +', ' 2')])
+
+
 def test_lm_eval_finds_the_same(exported, tokenizer, tmp_path):
     "Every log-likelihood and every accuracy of our own items, from the exported folder."
     (model, folder), n = exported['experts'], 12

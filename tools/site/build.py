@@ -282,7 +282,8 @@ def build(out: Path, recorded: list[str]) -> list[str]:
         if app.statuscode:
             sys.exit('the site has warnings, see above')
         problems = problems_of(made)
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(out)
         shutil.move(made, out)
     return problems
 

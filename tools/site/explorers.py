@@ -66,7 +66,7 @@ def first_view(cell: str, spec: dict) -> str:
 
 
 def explorer(cell: str, spec: dict, view: str) -> str:
-    data = json.dumps(spec | {'title': title(cell)}, separators=(',', ':')).replace('</', '<\\/')
+    data = json.dumps(spec | {'title': title(cell)}, separators=(',', ':')).replace('<', '\\u003c')
     return (
         f'<div class="explorer" id="{cell}-live" role="group" aria-label="{escape(title(cell))}">'
         f'<div class="view">{view}</div>{note(spec)}<script type="application/json">{data}</script></div>'
