@@ -325,11 +325,8 @@ def server(run: str | Path, port: int = 0, host: str = '127.0.0.1') -> Threading
     Port 0 takes any free port. Start it with `serve_forever()`.
     """
     viewer = Viewer(resolve(run))
-    names = {
-        'localhost',
-        host.lower(),
-        *([socket.gethostname().lower()] if host not in ('127.0.0.1', 'localhost') else []),
-    }
+    machine = [] if host in ('127.0.0.1', 'localhost') else [socket.gethostname().lower()]
+    names = {'localhost', host.lower(), *machine}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
