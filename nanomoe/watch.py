@@ -149,8 +149,7 @@ class Live:
     def beside(self) -> tuple[Path, list[dict]] | None:
         "The earlier run and its rows, as far as they were read; after the log itself was."
         if self.complete and self.earlier is None:
-            run = earlier_run(self.run)
-            self.earlier = (run, History(run / 'log.jsonl')) if run else ()
+            self.earlier = (run, History(run / 'log.jsonl')) if (run := earlier_run(self.run)) else ()
         if not self.earlier:
             return None
         run, history = self.earlier
@@ -177,13 +176,11 @@ class Live:
         earlier_done, film = bool(self.earlier) and self.earlier[1].tail.complete, link_to_film(self.run)
         silent = time.time() - log_time(self.run) if findings[0].name == 'stalled' else -60
         now = self.complete + 2 * earlier_done + 4 * bool(film) + 8 * (1 + int(silent // 60) % 10**7)
-        data = dict(step=rows[-1]['step'], state=now)
-        if data == dict(step=step, state=state):
+        if (rows[-1]['step'], now) == (step, state):
             return None
-        data |= dict(
-            verdict=verdict_html(findings), facts=facts(rows, settings, still_writes(findings)), film=film
-        )
-        return 'application/json', json.dumps(data | dict(svg=charts_html(rows, settings, earlier)))
+        figures, svg = facts(rows, settings, still_writes(findings)), charts_html(rows, settings, earlier)
+        data = dict(verdict=verdict_html(findings), facts=figures, film=film, svg=svg)
+        return 'application/json', json.dumps(data | dict(step=rows[-1]['step'], state=now))
 
     def text(self, rows: list[dict], settings: dict, step: int) -> tuple[str, str] | None:
         self.samples.read(experts_in(rows), 1.0)
