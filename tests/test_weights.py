@@ -758,7 +758,8 @@ def test_narrow_layers_without_experts_are_refused():
 
 
 @pytest.mark.parametrize(
-    'options', [dict(eval_capacity_factor=1.0), dict(router='expert_choice', capacity_factor=1.0), dict()]
+    'options',
+    [dict(eval_capacity_factor=1.0), dict(router='expert_choice', eval_capacity_factor=1.0), dict()],
 )
 def test_the_items_beside_it_do_not_change_a_score(options, tokenizer):
     torch.manual_seed(0)
