@@ -203,8 +203,11 @@ def main(argv: list[str] | None = None):
         if run is None:
             raise BadInput('give the folder of a run, such as out/onboard; gpt2; or a folder of transformers')
         if e.json:
-            with writing(e.json):
-                resolve(e.json).open('a').close()  # before the work
+            path, is_new = resolve(e.json), not resolve(e.json).exists()
+            with writing(e.json):  # before the work
+                path.open('a').close()
+            if is_new:
+                path.unlink()
         model, tokenizer = load(run, e.device)
         print(f'{"":12}   acc  acc_norm  chance   (standard error; {e.n} items each)', flush=True)
         rows = {}

@@ -271,6 +271,7 @@ BAD = {
     'a host that is no name': (watch, 'watch {bad} --host ' + 70 * 'é', 'host must be an address or a name'),
     'a task it cannot spell': (evaluate, '{bad}/chars', "the vocabulary has no"),
     'figures nowhere': (evaluate, '{bad}/chars --json {bad}/no/e.json', 'e.json cannot be written: No such'),
+    'figures that nothing makes': (evaluate, '{bad}/no --json {bad}/e.json', 'holds no checkpoint'),
     'figures in a folder': (evaluate, '{bad}/chars --json {bad}', 'cannot be written: Is a directory'),
     'tasks in a file': (evaluate, '--tasks_out {bad}/empty.txt', 'empty.txt cannot be written: File exists'),
     'no log': (watch, 'experts out/nowhere', 'log.jsonl does not exist; give the folder of a run'),
@@ -565,10 +566,10 @@ def test_options_may_come_before_words():
     assert parse(['--max_iters', '1', '--seed=-0', 'tiny', '--bias', 'True']) == parse(
         ['tiny', '--max_iters=1', '--seed=0', '--bias=True']
     )
-    words, options = words_and_options(["--out", "-5", "a", "--help", "b"])
-    assert (words, options) == (["a", "b"], ["--out", "-5", "--help"])
-    _, options = words_and_options(["--seed", "1", "run", "--stop", "a", "b", "--top_k=2"])
-    assert options == ["--seed", "1", "--stop", "a", "b", "--top_k=2"]
+    words, options = words_and_options(['--out', '-5', 'a', '--help', 'b'])
+    assert (words, options) == (['a', 'b'], ['--out', '-5', '--help'])
+    _, options = words_and_options(['--seed', '1', 'run', '--stop', 'a', 'b', '--top_k=2'])
+    assert options == ['--seed', '1', '--stop', 'a', 'b', '--top_k=2']
 
 
 def test_wandb_is_asked_for_before_training(monkeypatch, capsys, tmp_path):
