@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BPE_TRAIN_CHARS', 'NOTED_EVERY', 'Part', 'split_documents', 'Tokenized', 'tokenize', 'ids_of', 'batches',
            'check_replaceable', 'foreign', 'at_work', 'Progress', 'file_name', 'note_progress', 'read_progress',
-           'split_entry', 'compressed', 'bar', 'take_chars', 'write_splits', 'build_dataset', 'write_dataset',
-           'link_split', 'link_token_files', 'fineweb_shards', 'Prepare', 'mixture_weights', 'on_hub', 'domain_name',
-           'destination', 'check_prepare', 'check_apart', 'check_once', 'token_folder', 'token_files', 'endings_of',
-           'open_source', 'compare_with_nanogpt', 'prepare', 'prepare_missing', 'run_command', 'main']
+           'split_entry', 'compressed', 'bar', 'take_chars', 'write_splits', 'build_dataset', 'write_manifest',
+           'write_dataset', 'link_split', 'link_token_files', 'fineweb_shards', 'Prepare', 'mixture_weights', 'on_hub',
+           'domain_name', 'destination', 'check_prepare', 'check_apart', 'check_once', 'token_folder', 'token_files',
+           'endings_of', 'open_source', 'compare_with_nanogpt', 'prepare', 'prepare_missing', 'run_command', 'main']
 
 # %% ../nbs/37_data.ipynb #imports
 import fcntl, gzip, hashlib, importlib.util, json, lzma, math, os, platform, re, shutil, sys, time
@@ -421,17 +421,13 @@ def build_dataset(
             f'{", ".join(splits["train"]["domains"])} alone'
         )
     splits['val'] |= compressed(part, splits['val'], tokenizer)
-    manifest = with_checksum(
-        dict(
-            format='nanomoe-tokens',
-            version=2,
-            source=name,
-            vocab_size=tokenizer.n_vocab,
-            splits=splits,
-            tokenizer=digest_of(part),
-        )
-        | ({'weights': weights} if weights else {})
-    )
+    return write_manifest(part, name, tokenizer, splits, **({'weights': weights} if weights else {}))
+
+
+def write_manifest(part: Path, name: str, tokenizer, splits: dict, **more) -> dict:
+    "Write manifest.json, with a checksum; returns it."
+    about = dict(format='nanomoe-tokens', version=2, source=name, vocab_size=tokenizer.n_vocab)
+    manifest = with_checksum(about | dict(splits=splits, tokenizer=digest_of(part)) | more)
     (part / 'manifest.json').write_text(json.dumps(manifest, indent=1))
     return manifest
 
@@ -526,17 +522,7 @@ def link_token_files(files: list[Path], folder: Path, tokenizer: str = 'gpt2', n
             path.unlink()
         save_tokenizer(encoder, part)
         entries = {split: link_split(part, paths, encoder) for split, paths in splits.items()}
-        manifest = with_checksum(
-            dict(
-                format='nanomoe-tokens',
-                version=2,
-                source=name,
-                vocab_size=encoder.n_vocab,
-                splits=entries,
-                tokenizer=digest_of(part),
-            )
-        )
-        (part / 'manifest.json').write_text(json.dumps(manifest, indent=1))
+        manifest = write_manifest(part, name, encoder, entries)
         put_in_place(part, folder)
     return manifest
 
