@@ -22,6 +22,11 @@ def pytest_addoption(parser):
     parser.addoption('--seed', type=int, default=time.time_ns() % 1_000_000, help='of random kills and flips')
 
 
+def pytest_make_parametrize_id(val, argname):
+    "Bytes are named by their argument: a gzip's hold the time, and parallel workers must collect equal names."
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def soak(request) -> bool:
     return request.config.getoption('--soak')
