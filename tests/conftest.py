@@ -23,7 +23,7 @@ def pytest_addoption(parser):
 
 
 def pytest_make_parametrize_id(val, argname):
-    "Bytes are named by their argument: a gzip's hold the time, and parallel workers must collect equal names."
+    "Bytes are named by their argument: a gzip's hold the time, and parallel workers must collect the same."
     return argname if isinstance(val, bytes) else None
 
 
