@@ -41,6 +41,19 @@ def pytest_report_header(config):
     return f'random kills and flips: --seed {config.getoption("--seed")}'
 
 
+@pytest.fixture(scope='module')
+def browser():
+    if not (chromium := shutil.which('chromium')):
+        pytest.skip('no chromium on the PATH')
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        flags = ['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu']
+        browser = p.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope='session')
 def gpt2_vocabulary(tmp_path_factory):
     "GPT-2's vocabulary where tiktoken looks for it: without a network, from the package that ships it."

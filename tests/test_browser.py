@@ -22,8 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / 'out' / 'screenshots'
 NOTEBOOKS = sorted(path.stem for path in (ROOT / 'nbs').glob('*.ipynb'))
 CHOSEN = {'01_router', '41_upcycle', '04_capacity', '02_experts', '03_losses', '45_report'}
-CHROMIUM = shutil.which('chromium')
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium on the PATH')
 
 NOTEBOOK = 'window.jupyterapp?.shell.currentWidget'
 KERNEL = f'{NOTEBOOK}?.sessionContext?.session?.kernel'
@@ -97,19 +95,6 @@ def wait_until_up(url: str):
     raise TimeoutError('JupyterLab did not start')
 
 
-@pytest.fixture(scope='module')
-def browser():
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(
-            executable_path=CHROMIUM, args=['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu']
-        )
-        yield chromium
-        chromium.close()
-
-
 def run_all(page, url: str):
     """Open a notebook and run all of its cells, in order, as the menu's Run All Cells does.
 
@@ -136,7 +121,7 @@ def run_all(page, url: str):
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
-def test_run_all_and_touch_every_explorer(lab, browser, notebook, request):
+def test_run_all_and_touch_every_explorer(browser, lab, notebook, request):
     if notebook not in CHOSEN and not request.config.getoption('--every-notebook'):
         pytest.skip('not in the chosen half')
     page = browser.new_page(viewport={'width': 1280, 'height': 1000})

@@ -319,6 +319,48 @@ def test_the_watcher_says_what_is_wrong_and_goes_on(tmp_path):
         http.server_close()
 
 
+def test_an_update_leaves_what_the_reader_opened(browser, tmp_path):
+    "What is unfolded, which layer's text is shown and where the keyboard is."
+    bpb = {f'val_bpb_{name}': 2.0 for name in 'abcdefghijklm'}
+    run = run_of(tmp_path / 'run', [row(step, **bpb) for step in (1, 2)], [text(2)])
+    page = browser.new_page()
+    with watching.server(run, 0) as watcher:
+        threading.Thread(target=watcher.serve_forever, daemon=True).start()
+        page.goto(f'http://127.0.0.1:{watcher.server_port}')
+        summary = page.locator('#facts summary')
+        summary.click()
+        page.locator('label[for=text-1]').click()
+        page.locator('#text-1').focus()
+        for step in (3, 4):
+            for name, line in (('log', row(step, **bpb)), ('samples', text(step))):
+                with (run / f'{name}.jsonl').open('a') as lines:
+                    lines.write(json.dumps(line) + '\n')
+            page.get_by_text(f'{step} of 9', exact=True).wait_for(timeout=20_000)
+            page.wait_for_function('step => have.text === step', arg=step)
+            assert page.locator('#facts details').evaluate('one => one.open')
+            assert page.locator('#text-1').is_checked() and page.locator('#text-pane-1').is_visible()
+            assert page.evaluate('document.activeElement.id') == 'text-1'
+        watcher.shutdown()
+    page.get_by_text('Viewer stopped').wait_for(timeout=20_000)
+    page.close()
+
+
+def test_a_page_finds_runs_that_begin_after_it(browser, tmp_path):
+    "In an empty folder first none, then a list that grows."
+    page, folder = browser.new_page(), tmp_path / 'out'
+    folder.mkdir()
+    with watching.server(folder, 0) as watcher:
+        threading.Thread(target=watcher.serve_forever, daemon=True).start()
+        page.goto(f'http://127.0.0.1:{watcher.server_port}')
+        for name in ('first', 'second'):
+            run_of(folder / name, WHOLE)
+            page.locator(f'a.run[href="{name}/"]').wait_for(timeout=20_000)
+        page.locator('a.run').first.click()
+        page.get_by_text('5 of 9', exact=True).wait_for(timeout=20_000)
+        watcher.shutdown()
+    page.close()
+
+
 def test_the_page_of_a_run_answers_this_machine_only(tmp_path):
     """A page on the web whose name was made to lead here (DNS rebinding) gets nothing, and no address makes
     the server fall.

@@ -112,11 +112,12 @@ function legend(parent, left, top, width, names, colors) {
   return y + 18 - top
 }
 
-// A mark that the pointer and arrow keys move: `moveTo(x, y)` gets pixels of the drawing, `step(dx, dy)` the
-// direction of a key. The view captures the pointer, since each move draws the marks anew.
-function draggable(mark, label, value, { moveTo, step }) {
-  const role = { role: 'slider', tabindex: 0, 'aria-label': label }
-  const now = { 'aria-valuetext': value, 'aria-valuenow': Number.parseFloat(value) }
+// A mark that the pointer and arrow keys move: `now` is the value, the least and the most, which screen readers
+// say as `words`; `moveTo(x, y)` gets pixels of the drawing, `step(dx, dy)` the direction of a key. The view
+// captures the pointer, since each move draws the marks anew.
+function draggable(mark, label, [value, least, most], words, { moveTo, step }) {
+  const role = { role: 'slider', tabindex: 0, 'aria-label': label, 'aria-valuetext': words }
+  const now = { 'aria-valuenow': value, 'aria-valuemin': least, 'aria-valuemax': most }
   for (const [key, word] of Object.entries({ ...role, ...now })) mark.setAttribute(key, word)
   mark.style.cursor = 'grab'
   mark.addEventListener('touchstart', (event) => event.preventDefault()) // the page does not scroll

@@ -49,7 +49,7 @@ computed['01_router/explorer'] = {
         state.logits[e] = Math.round(20 * bounded(value, -3, 3)) / 20
         again()
       }
-      draggable(mark, `logit of expert ${e}`, logit.toFixed(2), {
+      draggable(mark, `logit of expert ${e}`, [logit, -3, 3], logit.toFixed(2), {
         moveTo: (_, y) => move(left.valueY(y)),
         step: (dx, dy) => move(logit + (dx + dy) / 10),
       })
@@ -108,7 +108,8 @@ computed['01_router/walk-picture'] = {
         to.forEach((value, k) => (point[k] = Math.round(20 * bounded(value, -2.9, 2.9)) / 20))
         again()
       }
-      draggable(mark, label, point.map((value) => value.toFixed(2)).join(', '), {
+      const words = point.map((value) => value.toFixed(2)).join(', ')
+      draggable(mark, label, [point[0], -2.9, 2.9], words, {
         moveTo: (px, py) => move([plane.valueX(px), plane.valueY(py)]),
         step: (dx, dy) => move([point[0] + dx / 10, point[1] + dy / 10]),
       })
@@ -254,7 +255,7 @@ computed['04_capacity/leak-explore'] = {
     const frame = svg('rect', { ...place, fill: 'transparent', stroke: '#000', 'stroke-width': 2 })
     const move = (n) => setControl(0, bounded(Math.round(n), 0, 31))
     root.append(
-      draggable(frame, 'replaced token', token, {
+      draggable(frame, 'replaced token', [token, 0, 31], token, {
         moveTo: (x) => move(below.valueX(x)),
         step: (dx, dy) => move(token + dx + dy),
       }),

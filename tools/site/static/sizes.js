@@ -132,7 +132,8 @@ computed['08_optim/schedule-explore'] = {
       setControl(0, nearest(controls[0].values, x))
       setControl(1, nearest(controls[1].values, y))
     }
-    const mark = draggable(svg('circle', place), 'end of the warmup and peak', `${warmup} steps, ${peak}`, {
+    const now = [warmup, 0, Math.max(...controls[0].values)]
+    const mark = draggable(svg('circle', place), 'end of the warmup and peak', now, `${warmup} steps, ${peak}`, {
       moveTo: (x, y) => move(axes.valueX(x), axes.valueY(y)),
       step: (dx, dy) => move(warmup + 10 * dx, peak + 0.1 * dy),
     })
