@@ -287,7 +287,7 @@ def from_dict(flat: dict) -> tuple[ModelConfig, TrainConfig]:
 
 def of_earlier(flat: dict) -> dict:
     "The settings of a run that an earlier version wrote, under their present names; others unchanged."
-    if 'gates' not in flat:
+    if not isinstance(flat, dict) or 'gates' not in flat:
         return flat
     flat = {RENAMED.get(name, name): value for name, value in flat.items() if name not in REMOVED}
     flat['norm_topk_prob'] = flat['norm_topk_prob'] == 'chosen'

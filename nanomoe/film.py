@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import BadInput, ModelConfig
-from .files import write_whole, writing
+from .files import read_json, write_whole, writing
 from .model import GPT, moe_layers
 from .router import Routing
 from .tokenizer import token_texts
@@ -133,8 +133,8 @@ def read_film(path: Path) -> dict | None:
     "The film in a file, None where there is none. Raises `BadInput` for anything else."
     if not path.is_file():
         return None
+    film = read_json(path)
     try:
-        film = json.loads(path.read_text())
         E, layers = int(film['n_experts']), [int(layer) for layer in film['layers']]
         pieces = [str(piece) for piece in film['pieces']]
         frames = [read_frame(frame, E, len(layers)) for frame in film['frames']]
@@ -142,7 +142,7 @@ def read_film(path: Path) -> dict | None:
         if not frames or len(pieces) != len(frames) + 1 or not 0 < E <= 2**12 or n_prompt < 1:
             raise ValueError
         return dict(n_experts=E, layers=layers, n_prompt=n_prompt, pieces=pieces, frames=frames)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
         raise BadInput(f'{path} is not a film; python -m nanomoe.sample RUN --film=True writes one') from None
 
 

@@ -8,7 +8,7 @@ __all__ = ['Importance', 'layer_sums', 'expert_importance', 'check_prunable', 'm
            'quantize_experts', 'expert_bytes', 'run_settings', 'check_new', 'write_run', 'Pruning', 'main']
 
 # %% ../nbs/28_prune.ipynb #imports
-import copy, json
+import copy
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from .command_line import one_sentence, run_and_options
 from .config import BadInput, ModelConfig, TrainConfig, from_dict, of_earlier
 from .dataset import TokenDataset, batch_at, sample_sequences
 from .experts import Experts, MoE, expert_mlp
-from .files import resolve
+from .files import read_json, resolve
 from .model import GPT, moe_layers
 from .parallel import DistContext, find_device
 from .pretrained import check_tokenizer, kind_of, load_run, run_folder
@@ -236,7 +236,7 @@ def run_settings(run: str) -> TrainConfig:
     if kind_of(run) != 'run' or not path.is_file():
         raise BadInput(f'give the folder of a run, such as out/onboard, got {run}')
     try:
-        return from_dict(of_earlier(json.loads(path.read_text())))[1]
+        return from_dict(of_earlier(read_json(path)))[1]
     except ValueError as e:
         raise BadInput(f'{path} holds no settings: {e}') from None
 

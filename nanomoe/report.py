@@ -10,7 +10,7 @@ __all__ = ['read_history', 'read_rows', 'with_bits', 'follow', 'settings_of', 'S
            'continuations', 'sections_on_texts', 'page', 'film_of_run', 'report', 'render']
 
 # %% ../nbs/45_report.ipynb #imports
-import base64, json, sys, time
+import base64, sys, time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -22,7 +22,7 @@ import numpy as np
 
 from .config import BadInput, nearest
 from .dataset import dataset_folder, read_manifest
-from .files import Tail, print_status, resolve, write_whole, writing
+from .files import Tail, print_status, read_json, resolve, write_whole, writing
 from .film import film_html, read_film
 from .metrics import LIMITS, Finding, History, diagnose, duration, log_numbers
 from .metrics import seconds_per_step, still_writes
@@ -118,19 +118,17 @@ def follow(run: str | Path, pause: float = 0.25) -> Iterator[dict]:
 
 def settings_of(run: Path) -> dict:
     "A run's config.json, or an empty dict before it exists; raises `BadInput` if it is something else."
-    try:
-        flat = json.loads((run / 'config.json').read_text())
-    except FileNotFoundError:
+    path = run / 'config.json'
+    if not path.exists():
         return {}
-    except (OSError, ValueError, RecursionError):
-        flat = None
+    flat = read_json(path)
     if (
         not isinstance(flat, dict)
         or not isinstance(flat.get('max_iters'), int)
         or not isinstance(flat.get('dataset'), str)
         or type(flat.get('n_experts', 1)) is not int
     ):
-        raise BadInput(f'{run / "config.json"} is not the config.json of a run')
+        raise BadInput(f'{path} is not the config.json of a run')
     return flat
 
 # %% ../nbs/45_report.ipynb #samples

@@ -247,6 +247,8 @@ BAD = {
     'no loss': ('log.jsonl', '{"step": 3}\n', 'holds no loss'),
     'settings of another': ('config.json', '{"a": 1}', 'is not the config.json of a run'),
     'settings cut off': ('config.json', '{"max_iters": ', 'is not the config.json of a run'),
+    'settings too deep': ('config.json', '[' * 100_000, 'is not the config.json of a run'),
+    'a folder': ('config.json', None, 'cannot be read: Is a directory'),
 }
 
 
@@ -254,7 +256,11 @@ BAD = {
 def test_a_damaged_file_gets_one_sentence(name, tmp_path, capsys):
     file, content, sentence = BAD[name]
     run = run_of(tmp_path / 'run', WHOLE, [text(5)])
-    (run / file).write_text(content)
+    if content is None:
+        (run / file).unlink()
+        (run / file).mkdir()
+    else:
+        (run / file).write_text(content)
     with pytest.raises(SystemExit) as stop:
         watching.main(['report', str(run)])
     said = capsys.readouterr().err

@@ -86,6 +86,15 @@ def test_bad_input_gets_one_sentence(case, trained, tmp_path, capsys):
     assert not (tmp_path / 'new').exists()
 
 
+@pytest.mark.parametrize('content', [b'[]', b'null', b'["gates"]', b'{"a": 1}', b'\xff', b'[' * 100_000])
+def test_settings_of_another_get_one_sentence(content, tmp_path, capsys):
+    (tmp_path / 'config.json').write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        prune.main([str(tmp_path), f'--out_dir={tmp_path}/new'])
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and 'config.json holds no settings: ' in said and '\n' not in said
+
+
 @pytest.mark.parametrize(
     'options, sentence',
     [
