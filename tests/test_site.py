@@ -101,6 +101,8 @@ def test_each_notebook_is_a_page_and_a_download(site):
         pictures = path.read_text().count('"image/png"') + path.read_text().count('"image/svg+xml"')
         assert len(re.findall(r'<img alt="[^"]|<svg', page)) >= pictures
         assert not re.search(r'#\s*\|\s*(hide|export|timing|slow|default_exp)|is not installed here', page)
+    lesson = (site / '32_files.html').read_text()
+    assert 'alt="What a crash leaves behind: crash picture"' in lesson
 
 
 def test_the_navigation_is_the_course_table(site):

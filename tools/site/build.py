@@ -66,13 +66,14 @@ def course_map(notebooks: dict[str, dict]) -> list[Group]:
     return [*groups, Group('More', more + rest)]
 
 
-def as_page(cell: dict, explorer: str | None) -> dict | None:
+def as_page(cell: dict, section: str, explorer: str | None) -> dict | None:
     """A cell as the site shows it, None for a cell that only the notebook needs.
 
     The HTML of an `explorer` takes the place of its still picture, or stands below another cell's output.
 
     Lines of directives go, and so does hidden code; what it printed or drew stays. Imports and code that
-    JupyterLab shows folded are folded.
+    JupyterLab shows folded are folded. A picture's alternative text names the section and the cell; what it
+    shows is in the text below it.
     """
     text, tags = source(cell), []
     if cell['cell_type'] == 'markdown':
@@ -92,7 +93,7 @@ def as_page(cell: dict, explorer: str | None) -> dict | None:
         kept = [o for o in cell['outputs'] if o['output_type'] == 'stream' or not EXPLORER.search(text)]
         html = {'output_type': 'display_data', 'metadata': {}, 'data': {'text/html': explorer}}
         cell = cell | {'outputs': [*kept, html]}
-    described = {'mystnb': {'image': {'alt': cell['id'].replace('-', ' ')}}}
+    described = {'mystnb': {'image': {'alt': f'{section}: {cell["id"].replace("-", " ")}'}}}
     return cell | {'source': text, 'metadata': {'tags': tags} | described}
 
 
@@ -122,7 +123,11 @@ def as_sources(notebooks: dict[str, dict], live: dict[tuple[str, str], str], fol
         if exported and not exported[1].startswith('_'):
             modules[exported[1]] = name
     for name, notebook in notebooks.items():
-        cells = [as_page(cell, live.get((name, cell['id']))) for cell in notebook['cells']]
+        section, cells = '', []
+        for cell in notebook['cells']:
+            if cell['cell_type'] == 'markdown':
+                section = re.findall(r'^#+ (.+)', f'# {section}\n{source(cell)}', re.M)[-1].replace('`', '')
+            cells.append(as_page(cell, section, live.get((name, cell['id']))))
         page = notebook | {'cells': [cell for cell in cells if cell]}
         if name == 'index':
             (shown,) = [cell for cell in page['cells'] if 'film.gif' in cell['source']]
